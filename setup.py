@@ -1,0 +1,45 @@
+"""Install with `pip install -e .`; extras: eval, test, tpu, cuda."""
+
+from setuptools import find_packages, setup
+
+BASE = [
+    "jax>=0.7.2,<0.13",
+    "flax>=0.11.2",
+    "optax>=0.2.5",
+    "orbax-checkpoint>=0.11.25",
+    "transformers>=5.0",
+    "sentencepiece",
+    "tensorflow-datasets>=4.9.9",
+    "importlib_resources",  # tensorflow-datasets needs it and does not say so
+    "grain>=0.2.12",
+    "array_record",
+    "einops>=0.8",
+    "ml_collections>=1.0",
+    "absl-py",
+    "safetensors>=0.5",
+    "numpy>=2.0",
+    "pillow>=11",
+    "tqdm",
+    "tensorboardX",
+    "matplotlib",
+]
+TEST = [
+    "pytest",
+    "pytest-xdist",
+    "ruff",
+    "torch==2.13.0",
+    "diffusers==0.42.1",
+    "scikit-image",
+]
+
+setup(
+    name="cnxs_jax",
+    version="0.1.0",
+    description="Fast, controllable, expert text-to-image in JAX and Flax",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["cnxs_jax", "cnxs_jax.*"]),
+    package_data={"cnxs_jax": ["assets/**/*", "assets/*"]},
+    install_requires=BASE,
+    extras_require={"test": TEST, "tpu": ["jax[tpu]"], "cuda": ["jax[cuda12]"]},
+)
