@@ -1,0 +1,200 @@
+"""Attention on every platform behind one function.
+
+`attention(q, k, v, mask_BxS=..., bias=..., impl=...)`. The forms:
+
+- `xla`: one einsum, softmax in float32. The reference, and best for short sequences.
+- `blocked`: a loop over (batch, head) and blocks of queries. On a CPU the logits of one block stay
+  in the cache, which is several times faster than `xla` at 1024 tokens and above.
+- `cudnn`: fused attention on a GPU (bfloat16 or float16, head_dim a multiple of 8).
+- `splash`: the Pallas kernel on a TPU, for long sequences. Head dims are padded to 128.
+
+`impl=None` chooses from the backend, the dtype and the shapes when the program is traced.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cnxs_jax.errors import ConfigError, did_you_mean
+
+BLOCK = 512  # queries a block in the blocked form
+LANES = 128  # of a TPU; splash works on multiples
+
+
+def attention(q_BxLxHxD, k_BxSxHxD, v_BxSxHxD, *, mask_BxS=None, bias=None, scale=None, impl=None):
+    """softmax(q k^T * scale + bias) v.
+
+    Args:
+        q_BxLxHxD, k_BxSxHxD, v_BxSxHxD: queries, keys, values.
+        mask_BxS: bool or 0/1, which keys are real. A row without any real key gives the mean of
+            the values and never NaN.
+        bias: added to the scaled logits, broadcastable to [B, H, L, S].
+        scale: factor of the logits, 1/sqrt(D) unless given.
+        impl: None (chosen), "xla", "blocked", "cudnn", "splash" or "splash_interpret".
+
+    Returns:
+        [B, L, H, D] in the dtype of `q`.
+    """
+    scale = 1.0 / math.sqrt(q_BxLxHxD.shape[-1]) if scale is None else scale
+    impl = choose(q_BxLxHxD, k_BxSxHxD, mask_BxS, bias) if impl is None else impl
+    if impl not in FORMS:
+        raise ConfigError(
+            f"unknown attention form {impl!r}.{did_you_mean(impl, FORMS)}",
+            "attention impl",
+            f"use one of {', '.join(FORMS)} or None",
+        )
+    return FORMS[impl](q_BxLxHxD, k_BxSxHxD, v_BxSxHxD, mask_BxS, bias, scale)
+
+
+def choose(q, k, mask, bias):
+    """The form for these shapes and dtypes on the default backend."""
+    backend, long = jax.default_backend(), q.shape[1] * k.shape[1] >= 512 * 512
+    if backend == "cpu":
+        return "blocked" if long else "xla"
+    if backend == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0:
+        return "cudnn" if q.shape[-1] <= 128 else "xla"
+    if backend == "tpu" and bias is None and min(q.shape[1], k.shape[1]) >= 1024:
+        return "splash"
+    return "xla"
+
+
+def _additive(mask, bias, batch):
+    """Mask and bias as one float32 array [B|1, H|1, L|1, S], or None."""
+    if mask is not None:
+        masked = jnp.where(mask[:, None, None, :] > 0, 0.0, jnp.finfo(jnp.float32).min)
+        bias = masked if bias is None else jnp.maximum(bias + masked, jnp.finfo(jnp.float32).min)
+    return bias
+
+
+def _softmax(logits, dtype):
+    logits = logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+    weights = jnp.exp(logits)
+    return (weights / weights.sum(-1, keepdims=True)).astype(dtype)
+
+
+def _xla(q, k, v, mask, bias, scale):
+    logits = jnp.einsum("blhd,bshd->bhls", q, k, preferred_element_type=jnp.float32) * scale
+    bias = _additive(mask, bias, q.shape[0])
+    logits = logits if bias is None else logits + bias.astype(jnp.float32)
+    return jnp.einsum("bhls,bshd->blhd", _softmax(logits, q.dtype), v)
+
+
+def _blocked(q, k, v, mask, bias, scale):
+    """Loops over (batch, head) and blocks of queries; keys are not split, logits are [BLOCK, S]."""
+    B, L, H, D = q.shape
+    S = k.shape[1]
+    block = min(BLOCK, L)
+    pad = -L % block
+    num = (L + pad) // block
+    bias = _additive(mask, bias, B)
+    if bias is not None and bias.shape[2] > 1:  # a bias that differs by query is rare and small
+        return _xla(q, k, v, None, bias, scale)
+    # The scale goes into q: one pass over [L, D] and none over the logits.
+    q = jnp.pad((q * scale).astype(q.dtype), ((0, 0), (0, pad), (0, 0), (0, 0)))
+    q_BHxNxMxD = q.transpose(0, 2, 1, 3).reshape(B * H, num, block, D)
+    k_BHxSxD = k.transpose(0, 2, 1, 3).reshape(B * H, S, D)
+    v_BHxSxD = v.transpose(0, 2, 1, 3).reshape(B * H, S, D)
+    row = None
+    if bias is not None:
+        row = jnp.broadcast_to(bias.astype(jnp.float32)[:, :, 0], (B, H, S)).reshape(B * H, S)
+
+    def one_head(args):
+        q_NxMxD, k_SxD, v_SxD, row_S = args
+
+        def one_block(q_MxD):
+            logits = jnp.einsum("md,sd->ms", q_MxD, k_SxD, preferred_element_type=jnp.float32)
+            logits = logits if row_S is None else logits + row_S
+            weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+            out = weights.astype(v_SxD.dtype) @ v_SxD  # normalise [M, D], not [M, S]
+            return out / weights.sum(-1, keepdims=True).astype(out.dtype)
+
+        return jax.lax.map(one_block, q_NxMxD) if num > 1 else one_block(q_NxMxD[0])[None]
+
+    out = jax.lax.map(one_head, (q_BHxNxMxD, k_BHxSxD, v_BHxSxD, row))
+    return out.reshape(B, H, L + pad, D)[:, :, :L].transpose(0, 2, 1, 3).astype(q.dtype)
+
+
+def _cudnn(q, k, v, mask, bias, scale):
+    mask = None if mask is None else (mask > 0)[:, None, None, :]
+    if mask is not None:
+        mask = jnp.broadcast_to(mask, (q.shape[0], 1, q.shape[1], k.shape[1]))
+    if bias is not None:
+        shape = (*bias.shape[:2], q.shape[1], k.shape[1])
+        bias = jnp.broadcast_to(bias, shape).astype(q.dtype)
+    return jax.nn.dot_product_attention(
+        q, k, v, bias=bias, mask=mask, scale=scale, implementation="cudnn"
+    )
+
+
+@functools.cache
+def _splash_kernel(heads, queries, keys, interpret):
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as kernel,
+    )
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_mask as masks,
+    )
+
+    full = masks.MultiHeadMask([masks.FullMask((queries, keys)) for _ in range(heads)])
+    # The masks become constants of the kernel: make them outside of any trace that calls us.
+    with jax.ensure_compile_time_eval():
+        return kernel.make_splash_mha_single_device(mask=full, interpret=interpret)
+
+
+def _splash(q, k, v, mask, bias, scale, interpret=False):
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as kernel,
+    )
+
+    if bias is not None:
+        raise ConfigError("splash attention takes no bias", "attention impl", 'use impl="xla"')
+    B, L, H, D = q.shape
+    S = k.shape[1]
+
+    def pad(x):
+        length = -x.shape[1] % LANES
+        x = jnp.pad(x, ((0, 0), (0, length), (0, 0), (0, -D % LANES)))
+        return x.transpose(0, 2, 1, 3)
+
+    q, k, v = pad(q * scale), pad(k), pad(v)
+    real = jnp.ones((B, S), jnp.int32) if mask is None else (mask > 0).astype(jnp.int32)
+    q_segment = jnp.ones((B, q.shape[2]), jnp.int32)
+    kv_segment = jnp.pad(real, ((0, 0), (0, k.shape[2] - S)))
+    run = _splash_kernel(H, q.shape[2], k.shape[2], interpret)
+    out = jax.vmap(lambda q, k, v, qs, ks: run(q, k, v, kernel.SegmentIds(qs, ks)))(
+        q, k, v, q_segment, kv_segment
+    )
+    return out[:, :, :L, :D].transpose(0, 2, 1, 3).astype(q.dtype)
+
+
+FORMS = {
+    "xla": _xla,
+    "blocked": _blocked,
+    "cudnn": _cudnn,
+    "splash": _splash,
+    "splash_interpret": functools.partial(_splash, interpret=True),
+}
+
+
+def sincos_2d(dim, height, width, base_size, interpolation_scale=1.0):
+    """PixArt's position table, float32 [height*width, dim].
+
+    Both axes are stretched to the range 0 .. base_size / interpolation_scale whatever their length;
+    the first half of the channels encodes the column, the second the row, each sines first
+    (PixArt-alpha `get_2d_sincos_pos_embed`). float64 on the host.
+    """
+
+    def axis(n):
+        return np.arange(n, dtype=np.float64) / (n / base_size) / interpolation_scale
+
+    def encode(position_N):
+        omega = 1.0 / 10000 ** (np.arange(dim // 4, dtype=np.float64) / (dim / 4.0))
+        angles = position_N[:, None] * omega
+        return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+    columns, rows = np.meshgrid(axis(width), axis(height))
+    table = np.concatenate([encode(columns.reshape(-1)), encode(rows.reshape(-1))], axis=1)
+    return table.astype(np.float32)
