@@ -186,9 +186,9 @@ def _draw_concepts(world, rng, spec, split, held):
 def _allowed(concepts, style, relation, spec, split, held):
     """Whether the split may show these facts. Facts that `spec` forces whole always pass."""
     pairs = sum((c, style) in held for c in concepts)
-    if "concepts" not in spec or "style" not in spec:
-        if pairs != (1 if split == "heldout_pairs" else 0):
-            return False
+    forced = "concepts" in spec and "style" in spec
+    if not forced and pairs != (1 if split == "heldout_pairs" else 0):
+        return False
     if relation and ("concepts" not in spec or "relation" not in spec):
         return is_heldout_relation(*relation) == (split == "heldout_relations")
     return True
