@@ -35,5 +35,10 @@ setup(
     packages=find_packages(include=["cnxs_jax", "cnxs_jax.*"]),
     package_data={"cnxs_jax": ["assets/**/*", "assets/*"]},
     install_requires=BASE,
-    extras_require={"test": TEST, "test-core": TEST_CORE, "tpu": ["jax[tpu]"], "cuda": ["jax[cuda12]"]},
+    extras_require={
+        "test": TEST,
+        "test-core": TEST_CORE,
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda12]"],
+    },
 )
