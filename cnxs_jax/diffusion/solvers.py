@@ -179,6 +179,9 @@ def ab(
     grid = _multistep_grid(
         schedule, num_steps, timestep_rule, steps_offset, karras, False, final_sigma
     )
+    if order == 1 or num_steps == 1:
+        # The same step as below, without its float32 cancellation of x against h = noise.
+        return _first_order(schedule, grid, prediction)
     n, rho = num_steps, grid.rho
     b = np.zeros((n, order))
     for i in range(n):
@@ -255,7 +258,7 @@ def _multistep_grid(schedule, num_steps, rule, offset, karras, lambdas, final_si
     return grids.from_levels(schedule, t, levels, min(final, levels[-1]))
 
 
-def _first_order(schedule, grid, prediction, init_scale):
+def _first_order(schedule, grid, prediction, init_scale=None):
     """DDIM between the points of a grid: `x' = alpha' x0 + sigma' noise`."""
     a = grid.sigma[1:] / grid.sigma[:-1]
     b = grid.alpha[1:] - a * grid.alpha[:-1]
