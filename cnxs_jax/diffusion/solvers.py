@@ -55,7 +55,8 @@ def ddim(
     alpha, sigma = np.sqrt(abar), np.sqrt(1 - abar)
     a = np.sqrt(np.maximum(1 - previous - d**2, 0.0)) / sigma
     b = np.sqrt(previous) - a * alpha
-    return build(t, alpha, sigma / alpha, a, b, _prediction(schedule, prediction), d=d)
+    rho = schedule.noise_levels[t.astype(int)]
+    return build(t, alpha, rho, a, b, _prediction(schedule, prediction), d=d)
 
 
 def ddpm(
@@ -81,7 +82,7 @@ def ddpm(
     d = np.where(t > 0, np.sqrt(spread), 0.0)
     a = np.sqrt(abar / previous) * (1 - previous) / (1 - abar)
     b = np.sqrt(previous) * beta / (1 - abar)
-    rho = np.sqrt((1 - abar) / abar)
+    rho = schedule.noise_levels[t.astype(int)]
     return build(t, np.sqrt(abar), rho, a, b, _prediction(schedule, prediction), d=d)
 
 
@@ -146,8 +147,8 @@ def dpmpp(
     b = np.zeros((n, order))
     b[:, 0] = phi
     for i in range(1, n if order == 2 else 1):
-        if i == n - 1 and first_last:
-            break
+        if phi[i] == 0 or (i == n - 1 and first_last):
+            continue  # the last level repeated, or a first-order end
         ratio = np.log(rho[i - 1] / rho[i]) / np.log(rho[i] / rho[i + 1])
         b[i] = phi[i] * (1 + 0.5 / ratio), -phi[i] * 0.5 / ratio
     return _build(schedule, grid, a, b, prediction)
@@ -230,9 +231,9 @@ def lcm(
     c_skip, c_out = boundary_scalings_f64(t, sigma_data, timestep_scaling)
     following = np.append(abar[1:], 1.0)  # after the last row: no noise, signal one
     a, b = np.sqrt(following) * c_skip, np.sqrt(following) * c_out
-    rho = np.sqrt((1 - abar) / abar)
     chosen = _prediction(schedule, prediction)
-    return build(t, np.sqrt(abar), rho, a, b, chosen, d=np.sqrt(1 - following))
+    d = np.sqrt(1 - following)
+    return build(t, np.sqrt(abar), schedule.noise_levels[t], a, b, chosen, d=d)
 
 
 def from_config(config, num_steps, **options):
