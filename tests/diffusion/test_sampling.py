@@ -177,7 +177,7 @@ def test_numbers_of_the_table_never_recompile():
         cond = COND | {"guidance_scale": scale, "control_scale": jnp.ones(3)}
         return sampling.sample(guidance.cfg(network), PARAMS, X, cond, table, jax.random.key(0))
 
-    one, many = jnp.ones(3), jnp.full(3, 7.0)
+    one, many = jnp.ones(3), jnp.full(3, 7.0, jnp.float32)
     outs = [
         run(solvers.ddim(LINEAR, 8), one),
         run(solvers.ddim(LINEAR, 8), many),
@@ -192,9 +192,8 @@ def test_numbers_of_the_table_never_recompile():
     assert len(traces) == 2
 
 
-@pytest.mark.parametrize("name", ["ddim eta", "lcm"])
-def test_a_picture_does_not_depend_on_its_batch(name):
-    key = jax.random.key(5)
+def test_a_picture_does_not_depend_on_its_batch():
+    key, name = jax.random.key(5), "lcm"
     run = jax.jit(lambda x, key: sampling.sample(network, PARAMS, x, {}, TABLES[name], key=key))
     batch = run(X, key)
     own = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(3))
@@ -218,8 +217,8 @@ def test_noise_must_come_from_somewhere():
         sampling.sample(network, PARAMS, X, {}, TABLES["ddim eta"])
     with pytest.raises(ConfigError, match="noise"):
         sampling.sample(network, PARAMS, X, {}, TABLES["ddim eta"], noise=NOISE[:9])
-    with pytest.raises(ConfigError, match="key"):
-        keys = jax.random.split(jax.random.key(0), 2)
+    keys = jax.random.split(jax.random.key(0), 2)
+    with pytest.raises(ConfigError, match="3 keys"):
         sampling.sample(network, PARAMS, X, {}, TABLES["ddim eta"], key=keys)
     sampling.sample(network, PARAMS, X, {}, solvers.lcm(LINEAR, 1))  # adds none
 
@@ -268,8 +267,7 @@ def test_the_loop_lowers_for_tpu(name):
     table = experts.route(TABLES[name], [500], by="t").with_guidance_off(0.0, 1.0)
 
     def run(params, table, key):
-        cond = {k: (v if k == "null" else v) for k, v in COND.items()}
-        return sampling.sample(guidance.cfg(network), params, X, cond, table, key=key)
+        return sampling.sample(guidance.cfg(network), params, X, COND, table, key=key)
 
     traced = jax.jit(run).trace((PARAMS, OTHER), table, jax.random.key(0))
     text = traced.lower(lowering_platforms=("tpu",)).as_text()
