@@ -14,8 +14,8 @@ What differs from the paper, and why:
     guidance works in diffusers, whose layout has no place for that caption.
 
 Run:
-  python -m train --config=configs/pixart.py --workdir=runs/pixart           # :tiny, the shipped one
-  python -m train --config=configs/pixart.py:smoke --workdir=runs/smoke      # a minute, to test
+  python -m train --config=configs/pixart.py --workdir=runs/pixart           # :tiny, shipped
+  python -m train --config=configs/pixart.py:smoke --workdir=runs/smoke      # tests the plumbing
   python -m train --config=configs/pixart.py --workdir=runs/pixart --resume  # go on
 The result, a diffusers directory, is `runs/pixart/teacher/export`.
 """

@@ -271,7 +271,7 @@ def denoiser(config):
         side, length = dit.sample_size, config.data.max_length
         cond = {
             "text": jnp.zeros((1, length, dit.caption_channels)),
-            "text_mask": empty_mask(length),
+            "text_mask": whole_mask(length),
         }
         cond |= sizes_of(dit, jnp.zeros((1, side, side, 3)))
         x = jnp.zeros((1, side, side, dit.in_channels))
@@ -279,7 +279,7 @@ def denoiser(config):
         if not joint:
             return params
         ids = jnp.ones((1, length), jnp.int32)
-        text_params = text.init(key_text, ids, empty_mask(length))["params"]
+        text_params = text.init(key_text, ids, whole_mask(length))["params"]
         return {"text_encoder": text_params, "transformer": params}
 
     def components(params, encoders):
@@ -302,7 +302,7 @@ def denoiser(config):
     return Task(objective, init, loader, encode, encoders, frozen, sample, export)
 
 
-def empty_mask(length):
+def whole_mask(length):
     return jnp.ones((1, length), jnp.int32)
 
 

@@ -1,8 +1,8 @@
 """Checks a config on the host, before any device work: a table of keys, then their conflicts.
 
 A table maps a key to a check or to another table. A check is `check(value, where)` and raises
-ConfigError. A task's module lists its own keys in `KEYS = {function name: table}`, and in `CONFLICTS`, if it
-has any, what cannot go together: `{function name: check(values, where)}`.
+ConfigError. A task's module lists its own keys in `KEYS = {function name: table}`, and in
+`CONFLICTS`, if it has any, what cannot go together: `{function name: check(values, where)}`.
 """
 
 import importlib
