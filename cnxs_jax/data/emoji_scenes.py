@@ -17,7 +17,7 @@ from cnxs_jax import errors
 from cnxs_jax.data import scenes
 from cnxs_jax.data.scenes import RELATIONS, SPLITS
 
-__all__ = ["BACKGROUNDS", "CONCEPTS", "RELATIONS", "SPLITS", "STYLES", "make_scene", "world"]
+__all__ = ["BACKGROUNDS", "RELATIONS", "SPLITS", "STYLES", "make_scene", "world"]
 
 SPRITES = pathlib.Path(__file__).parent.parent / "assets" / "emoji_sprites.npz"
 NUM_CONCEPTS = 32
