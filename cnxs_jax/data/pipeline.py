@@ -1,0 +1,160 @@
+"""Sources by name, and the grain loader: batches of numpy arrays, resumable to the sample.
+
+The loader's whole state is the number of samples consumed over all processes, so a run may resume
+with another number of processes, another batch size or other threads and still sees each sample
+once and in the same order.
+"""
+
+import grain.python as grain
+import numpy as np
+
+from cnxs_jax import errors
+from cnxs_jax.data import emoji_scenes, scenes, shapes, text
+
+SOURCES = {"emoji_scenes": emoji_scenes.world, "shapes": shapes.world}
+ENDLESS = 2**60
+
+
+def open_source(name, split="train", size=None, *, truth=False, seed=0, **world_options):
+    """An indexable source of examples: `source[i] -> {"image", "caption", ...}`.
+
+    Args:
+        name: "emoji_scenes" or "shapes".
+        split: "train", "test", "heldout_pairs" or "heldout_relations".
+        size: picture side, px; default 64 (shapes: 32).
+        truth: also give masks, edges, depth.
+        seed: another seed is another set of scenes.
+        world_options: e.g. `num_concepts`.
+
+    Raises:
+        errors.ConfigError: unknown name or split.
+    """
+    if name not in SOURCES:
+        fix = f"use one of {tuple(SOURCES)}" + errors.did_you_mean(name, SOURCES)
+        raise errors.ConfigError(f"unknown source {name!r}", "data.source", fix)
+    size = size or {"emoji_scenes": 64, "shapes": 32}[name]
+    return scenes.SceneSource(SOURCES[name](**world_options), split, size, truth, seed)
+
+
+class _Batches:
+    """Batch `k` of one process: its share of the global samples `[start + k·B, start + (k+1)·B)`.
+
+    Interleaving by batch, not by process, keeps the global order independent of their number.
+    """
+
+    def __init__(self, samples, start, loader):
+        self.samples, self.start, self.loader = samples, start, loader
+
+    def __len__(self):
+        return (len(self.samples) - self.start) // self.loader.batch_size
+
+    def __getitem__(self, k):
+        share = self.loader.batch_size // self.loader.process_count
+        first = self.start + int(k) * self.loader.batch_size + self.loader.process_index * share
+        return self.loader.collate([self.samples[i] for i in range(first, first + share)])
+
+
+class Loader:
+    """An iterator over batches with `get_state` and `set_state`; made by `make_loader`."""
+
+    def __init__(self, source, *, batch_size, seed, shuffle, process_index, process_count,
+                 tokenizer, max_length, keys, prefetch):  # fmt: skip
+        if batch_size < 1 or batch_size % process_count:
+            what = f"batch_size {batch_size} does not divide over {process_count} processes"
+            raise errors.ConfigError(what, "data.batch_size", "use a multiple of the processes")
+        if not 0 <= process_index < process_count:
+            what = f"process_index {process_index} of {process_count}"
+            raise errors.ConfigError(what, "process_index", "use 0 <= index < count")
+        self.source, self.seed, self.shuffle = source, seed, shuffle
+        self.batch_size, self.keys, self.prefetch = batch_size, tuple(keys), prefetch
+        self.process_index, self.process_count = process_index, process_count
+        self.tokenizer, self.max_length = tokenizer, max_length
+        samples = grain.MapDataset.source(source).seed(seed)
+        if shuffle:
+            samples = samples.shuffle()
+        self.samples = samples.repeat()  # shuffled anew in every epoch
+        self._start_at(0)
+
+    def _start_at(self, sample):
+        self.position = sample
+        batches = grain.MapDataset.source(_Batches(self.samples, sample, self))
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=self.prefetch)
+        if not self.prefetch:
+            options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+        self._batches = iter(batches.to_iter_dataset(options))
+
+    def collate(self, examples):
+        """Stacks examples into `{"image", "caption", ...}`; tokens where there is a tokenizer."""
+        batch = {key: np.stack([e[key] for e in examples]) for key in self.keys}
+        batch["caption"] = [e["caption"] for e in examples]
+        if self.tokenizer is not None:
+            batch["input_ids"], batch["attention_mask"] = text.tokenize(
+                self.tokenizer, batch["caption"], self.max_length
+            )
+        return batch
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        batch = next(self._batches)
+        self.position += self.batch_size
+        return batch
+
+    def get_state(self):
+        """`{"next_sample", "seed", "shuffle", "source"}`: JSON-able, the same on every process."""
+        return {
+            "next_sample": self.position,
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+            "source": repr(self.source),
+        }
+
+    def set_state(self, state):
+        """Goes to a saved state. Raises DataError where it was saved by a different stream."""
+        mine = self.get_state()
+        missing = set(mine) - set(state)
+        if missing:
+            fix = "use the state of a checkpoint of this library"
+            raise errors.DataError(f"state lacks {sorted(missing)}", "data iterator state", fix)
+        changed = {k: (state[k], mine[k]) for k in mine if k != "next_sample"}
+        changed = {k: v for k, v in changed.items() if v[0] != v[1]}
+        if changed:
+            text_ = ", ".join(f"{k}: saved {a!r}, now {b!r}" for k, (a, b) in changed.items())
+            fix = "resume with the saved data configuration, or start a new workdir"
+            raise errors.DataError(f"another data stream ({text_})", "data iterator state", fix)
+        self._start_at(int(state["next_sample"]))
+
+
+def make_loader(source, *, batch_size, seed=0, shuffle=True, process_index=0, process_count=1,
+                tokenizer=None, max_length=24, start_state=None, keys=("image",),
+                prefetch=2):  # fmt: skip
+    """An endless, checkpointable iterator over batches.
+
+    Args:
+        source: anything with `len` and `[i] -> {"caption", *keys}`.
+        batch_size: samples of one step over all processes; each process gets its share of them.
+        seed, shuffle: of the global order; the order does not depend on the processes.
+        process_index, process_count: this process, of how many.
+        tokenizer: from `text.load_tokenizer`; None: captions only.
+        max_length: tokens, for padding and truncation.
+        start_state: a `get_state()` to go on from.
+        keys: the arrays to stack, e.g. `("image", "edges")`.
+        prefetch: batches made ahead in one background thread; 0: none.
+
+    Returns:
+        An iterator of dicts: the stacked `keys` (`image` uint8 [B,H,W,3]), `caption` list of B
+        str, and with a tokenizer `input_ids`, `attention_mask` int32 [B,L]; B is the local share.
+
+    Raises:
+        errors.ConfigError: batch size and processes do not fit.
+        errors.DataError: `start_state` belongs to another stream.
+    """
+    loader = Loader(
+        source, batch_size=batch_size, seed=seed, shuffle=shuffle, process_index=process_index,
+        process_count=process_count, tokenizer=tokenizer, max_length=max_length, keys=keys,
+        prefetch=prefetch,
+    )  # fmt: skip
+    if start_state is not None:
+        loader.set_state(start_state)
+    return loader
