@@ -71,7 +71,8 @@ def denoise(module, params, noise, cond, table, keys):
 @functools.partial(jax.jit, static_argnames=("module", "size"))
 def decode(module, params, latents, size):
     """Pictures [B,H,W,3] around [0,1], not clamped, of scaled latents; `size` = (H, W)."""
-    image = module.apply({"params": params}, latents / module.scaling_factor, method="decode")
+    latents = latents / module.scaling_factor + (module.shift_factor or 0.0)
+    image = module.apply({"params": params}, latents, method="decode")
     return resize_and_crop(image.astype(jnp.float32) * 0.5 + 0.5, *size)
 
 
@@ -99,8 +100,11 @@ class Pipeline:
     null_text: Any = None
     mesh: Any = None
 
-    class_name: ClassVar[str]
-    denoiser: ClassVar[str]
+    class_name: ClassVar[str]  # diffusers' name of the family
+    classes: ClassVar[dict]  # {directory: (library, class)} of model_index.json
+    networks: ClassVar[tuple]  # the directories that hold networks
+    denoiser: ClassVar[str]  # the one that samples
+    sharding_rules: ClassVar[dict]  # {network: rules}
     steps: ClassVar[int] = 20
     guidance_scale: ClassVar[float] = 7.5
 
@@ -205,6 +209,7 @@ class Pipeline:
         """
         refuse_parts(self.class_name, control=control, lora=lora, experts=experts)
         config = self.scheduler if scheduler is None else override(self.scheduler, scheduler)
+        solvers.from_config(config, 1)  # an unusable scheduler is found now, not at the first call
         return dataclasses.replace(self, scheduler=config)
 
     def table(self, steps):
@@ -214,20 +219,24 @@ class Pipeline:
     @property
     def factor(self):
         """Pixels a latent: the VAE's downsampling."""
-        return 2 ** (len(self.components["vae"].module.block_out_channels) - 1)
+        return self.components["vae"].module.downsample_factor
 
     def latent_shape(self, size):
         """(h, w, C) of the latents of one picture."""
         module = self.components[self.denoiser].module
         return (size[0] // self.factor, size[1] // self.factor, module.in_channels)
 
+    def asked_size(self, height, width):
+        """(H, W) of the result: the sides asked for, or the network's own."""
+        own = self.components[self.denoiser].module.sample_size * self.factor
+        return (own if height is None else height, own if width is None else width)
+
     def sizes(self, height, width):
         """((H, W) of the result, (H, W) that the network draws) for the sides asked for."""
-        module = self.components[self.denoiser].module
-        own = module.sample_size * self.factor
-        size = (own if height is None else height, own if width is None else width)
+        size = self.asked_size(height, width)
+        multiple = self.factor * getattr(self.components[self.denoiser].module, "patch_size", 1)
         for name, side in zip(("height", "width"), size, strict=True):
-            check_side(name, side, self.factor * getattr(module, "patch_size", 1))
+            check_side(name, side, multiple)
         return size, size
 
     def encode(self, request, size):

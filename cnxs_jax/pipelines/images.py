@@ -15,7 +15,7 @@ LABEL_HEIGHT = 14
 
 
 def to_pil(images):
-    """A list of PIL pictures from float [B,H,W,3] in [0,1], rounded to the nearest of 256 levels."""
+    """PIL pictures from float [B,H,W,3] in [0,1], rounded to the nearest of 256 levels."""
     from PIL import Image
 
     images = np.asarray(images, np.float32)
@@ -107,9 +107,7 @@ def make_grid(images, rows, cols, labels=None, gap=2):
     labels = list(labels) if labels is not None else [""] * len(pictures)
     _check_grid(pictures, rows, cols, labels)
     width, height = pictures[0].size
-    strips = [
-        LABEL_HEIGHT if any(labels[r * cols : (r + 1) * cols]) else 0 for r in range(rows)
-    ]
+    strips = [LABEL_HEIGHT if any(labels[r * cols : (r + 1) * cols]) else 0 for r in range(rows)]
     tops = [r * (height + gap) + sum(strips[:r]) for r in range(rows)]
     size = (cols * (width + gap) - gap, rows * (height + gap) - gap + sum(strips))
     grid = Image.new("RGB", size, "white")

@@ -55,13 +55,15 @@ def load_pipeline(
         raise CheckpointError("`_class_name` is missing", str(directory / "scheduler"))
     if scheduler is not None:
         config = schedulers.override(config, scheduler)
-    solvers.from_config(config, 4)  # an unusable scheduler is found before weights are read
+    solvers.from_config(config, 1)  # an unusable scheduler is found before weights are read
     tokenizer = family.load_tokenizer(directory / "tokenizer")
     components = {}
     for name in family.networks:
-        half = name != "vae"  # the autoencoder overflows first
-        module, params = load_model(directory / name, dtype=compute if half else jnp.float32)
-        components[name] = Component(module, _place(params, mesh, family.sharding_rules(name)))
+        # The autoencoder runs once an image and is the first to lose visible precision.
+        own = jnp.float32 if name == "vae" else compute
+        module, params = load_model(directory / name, dtype=own)
+        rules = family.sharding_rules.get(name, ())
+        components[name] = Component(module, _place(params, mesh, rules))
     null = _null_text(directory, components)
     return family(components, tokenizer, config, null, mesh)
 
@@ -106,7 +108,7 @@ def _write(pipe, directory):
             class_name = pipe.scheduler["_class_name"]
             _write_json(directory / name / "scheduler_config.json", pipe.scheduler)
         elif name == "tokenizer":
-            pipe.tokenizer.save_pretrained(directory / name)
+            _write_tokenizer(pipe.tokenizer, directory / name)
         else:
             save_model(*pipe.components[name], directory / name)
         index[name] = [library, class_name]
@@ -116,6 +118,14 @@ def _write(pipe, directory):
         null = np.ascontiguousarray(np.asarray(pipe.null_text, np.float32))
         save_file({"null_caption": null}, directory / "null_caption.safetensors")
     _write_json(directory / INDEX, index)
+
+
+def _write_tokenizer(tokenizer, directory):
+    tokenizer.save_pretrained(directory)
+    # What transformers 4 reads; transformers 5 does not write it again.
+    pieces = pathlib.Path(tokenizer.name_or_path) / "spiece.model"
+    if pieces.is_file() and not (directory / pieces.name).exists():
+        shutil.copyfile(pieces, directory / pieces.name)
 
 
 def _write_json(path, value):

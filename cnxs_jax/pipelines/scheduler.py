@@ -63,9 +63,7 @@ def override(config, scheduler):
             )
         scheduler = {"_class_name": NAMES[name]}
     if not isinstance(scheduler, dict):
-        raise ConfigError(
-            f"expected a name or a dict, got {type(scheduler).__name__}", "scheduler"
-        )
+        raise ConfigError(f"expected a name or a dict, got {type(scheduler).__name__}", "scheduler")
     if "_class_name" not in scheduler:
         raise ConfigError(
             "the dict has no `_class_name`", "scheduler", f"such as {NAMES['ddim']!r}"
