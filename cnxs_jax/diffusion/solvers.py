@@ -14,7 +14,7 @@ from cnxs_jax.diffusion.prediction import boundary_scalings_f64
 from cnxs_jax.diffusion.table import Table, build
 from cnxs_jax.errors import ConfigError
 
-__all__ = ["Table", "ab", "ddim", "ddpm", "deis", "dpmpp", "euler", "lcm"]
+__all__ = ["Table", "ab", "ddim", "ddpm", "deis", "dpmpp", "euler", "from_config", "lcm"]
 
 FINAL_LEVELS = ("zero", "sigma_min")
 LOWER_ORDER_BELOW = 15  # diffusers lowers the order of the last steps only in runs this short
@@ -230,6 +230,13 @@ def lcm(
     rho = np.sqrt((1 - abar) / abar)
     chosen = _prediction(schedule, prediction)
     return build(t, np.sqrt(abar), rho, a, b, chosen, d=np.sqrt(1 - following))
+
+
+def from_config(config, num_steps, **options):
+    """The table of a diffusers `scheduler_config.json`; see `scheduler_config.from_config`."""
+    from cnxs_jax.diffusion import scheduler_config  # which imports this file
+
+    return scheduler_config.from_config(config, num_steps, **options)
 
 
 def _multistep_grid(schedule, num_steps, rule, offset, karras, lambdas, final_sigma):
