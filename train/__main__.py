@@ -1,0 +1,66 @@
+"""`python -m train --config=configs/X.py[:variant] --workdir=DIR [--resume]`."""
+
+import os
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from cnxs_jax import errors
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "A recipe and its variant, e.g. configs/pixart_lcm.py:tiny."
+)
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: new, or one to go on with.")
+RESUME = flags.DEFINE_bool("resume", False, "Go on with the run in --workdir.")
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "Multi-host: host:port of process 0. Clusters that JAX knows need no flag."
+)
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Multi-host: number of processes.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Multi-host: this process, from 0.")
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Multi-host: find the cluster by itself.")
+
+CLUSTER_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "COORDINATOR_ADDRESS")
+
+
+def start_cluster():
+    """`jax.distributed.initialize()` where a flag or the environment asks for it.
+
+    Raises:
+        DistributedError: incomplete arguments, or a cluster that did not come up.
+    """
+    given = (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    wanted = DISTRIBUTED.value or any(name in os.environ for name in CLUSTER_VARIABLES)
+    if all(value is None for value in given) and not wanted:
+        return
+    if any(v is not None for v in given) and any(v is None for v in given):
+        raise errors.DistributedError(
+            f"--coordinator, --num_processes and --process_id belong together, got {given}",
+            "command line",
+            "give all three, or --distributed alone on a cluster that JAX knows",
+        )
+    import jax
+
+    try:
+        jax.distributed.initialize(*given)
+    except Exception as error:
+        raise errors.DistributedError(
+            f"the cluster did not come up: {str(error).splitlines()[0]}",
+            f"coordinator {given[0] or 'found by JAX'}",
+            "start all processes within five minutes, with one address and different ids",
+        ) from error
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise errors.ConfigError(f"unknown argument {argv[1]!r}", "command line", "see --help")
+    logging.set_verbosity(logging.ERROR)  # Orbax writes dozens of lines about a healthy save
+    start_cluster()
+    from train import loop
+
+    loop.main(CONFIG.value, WORKDIR.value, RESUME.value)
+    return 0
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(lambda argv: errors.run_main(main, argv))

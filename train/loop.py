@@ -1,0 +1,279 @@
+"""The training loop: `main(config, workdir)`. Everything about a model is in its `Task`.
+
+A run's directory: `config.json`, `metrics.jsonl`, TensorBoard events, `checkpoints/`,
+`samples/*.png`, `export/`. A config with `stages` runs them in order, each in its own directory.
+"""
+
+import functools
+import importlib
+import json
+import pathlib
+import shutil
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+import cnxs_jax
+from cnxs_jax import checkpoint, sharding
+from cnxs_jax import tree as trees
+from cnxs_jax.errors import ConfigError, Stopped
+from train import optimizer, validate
+from train.log import Progress, StopSignal, Writer
+from train.step import init_state, make_step
+
+MAY_CHANGE = ("steps", "log_every", "save_every", "sample_every", "max_to_keep", "mesh", "rules",
+              "resume", "report")  # fmt: skip
+
+
+class Task(NamedTuple):
+    """What a config's `task` ("module:function") makes of the config.
+
+    Attributes:
+        objective: see `train.objectives`.
+        params: the trainable parameters, or `init(key) -> params` (jitted, made where they live).
+        loader: an iterator of dicts of numpy arrays [B, ...] with `get_state` and `set_state`;
+            keys whose values are not numeric are left out.
+        encode: `(encoders, raw, key) -> {"x", "cond"}`, jitted.
+        encoders, frozen: parameters that do not change, for `encode` and for the objective.
+        sample: `(ema, frozen, encoders) -> uint8 image`, or None.
+        export: `(ema, frozen, encoders, path)` writes the result there, or None.
+    """
+
+    objective: Callable
+    params: Any
+    loader: Any
+    encode: Callable
+    encoders: Any = {}
+    frozen: Any = {}
+    sample: Callable | None = None
+    export: Callable | None = None
+
+
+def main(config, workdir, resume=False):
+    """Trains `config` in `workdir`.
+
+    Args:
+        config: an ml_collections ConfigDict; `train.validate` lists its keys.
+        workdir: new, or the directory of a run to go on with.
+        resume: go on from the newest good checkpoint, if there is one.
+
+    Raises:
+        ConfigError, DataError, CheckpointError, NumericsError: see `cnxs_jax.errors`.
+        Stopped: SIGTERM or SIGINT came; the state was saved.
+    """
+    root = pathlib.Path(workdir).expanduser().absolute()
+    resume = resume or config.get("resume", False)
+    stages = [(name, expand(config[name], root)) for name in config.get("stages", ())]
+    runs = [(root / name, stage) for name, stage in stages] or [(root, expand(config, root))]
+    validate.check(config)
+    for path, run_config in runs:
+        check_workdir(path, run_config, resume)
+    with checkpoint.lock(root):
+        if stages and jax.process_index() == 0:
+            write_json(root / "config.json", plain(config))
+        for path, run_config in runs:
+            if (path / "export").is_dir():
+                print(f"{path.name}: finished before, see {path / 'export'}", flush=True)
+                continue
+            run(run_config, path, resume)
+
+
+def expand(config, root):
+    """A copy of `config` whose strings have `{workdir}` and `{assets}` filled in."""
+    assets = pathlib.Path(cnxs_jax.__file__).parent / "assets"
+
+    def fill(value):
+        if isinstance(value, str):
+            return value.replace("{workdir}", str(root)).replace("{assets}", str(assets))
+        if isinstance(value, dict):
+            return {k: fill(v) for k, v in value.items()}
+        return type(value)(map(fill, value)) if isinstance(value, list | tuple) else value
+
+    return type(config)(fill(config.to_dict()))
+
+
+def plain(config):
+    """`config` as JSON would give it back."""
+    return json.loads(json.dumps(config.to_dict(), default=str))
+
+
+def write_json(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+    temporary.replace(path)
+
+
+def check_workdir(path, config, resume):
+    """Refuses a used directory without `resume`, and a resumed one with another config."""
+    steps = checkpoint.saved_steps(path / "checkpoints")
+    if steps and not resume:
+        raise checkpoint.CheckpointError(
+            f"contains steps {steps[0]}..{steps[-1]} of an earlier run",
+            path / "checkpoints",
+            "add --resume to go on with it, or choose another --workdir",
+        )
+    stored = path / "config.json"
+    if steps and stored.is_file():
+        check_same(json.loads(stored.read_text()), config, stored)
+
+
+def check_same(stored, config, where):
+    """Raises ConfigError if what decides the result differs from the stored config."""
+
+    def deciding(value):
+        return trees.flatten({k: v for k, v in value.items() if k not in MAY_CHANGE})
+
+    old, new = deciding(stored), deciding(plain(config))
+    differ = [
+        f"{k}: {old.get(k)!r} then, {new.get(k)!r} now"
+        for k in sorted({*old, *new})
+        if old.get(k) != new.get(k)
+    ]
+    if differ:
+        raise ConfigError(
+            f"the run was started with another configuration: {'; '.join(differ[:5])}",
+            where,
+            "resume it with the same configuration, or choose another --workdir",
+        )
+
+
+def build_task(config):
+    """The Task of `config.task`, "module:function"."""
+    module, _, function = config.task.partition(":")
+    return getattr(importlib.import_module(module), function)(config)
+
+
+def run(config, workdir, resume=False):
+    """One stage: build, restore, train, export."""
+    mesh = sharding.make_mesh(config.mesh)
+    validate.check_batch(config, sharding.batch_parts(mesh))
+    lead = jax.process_index() == 0
+    if lead:
+        write_json(workdir / "config.json", plain(config))
+    with (
+        jax.set_mesh(mesh),
+        StopSignal() as stop,
+        checkpoint.Checkpoints(
+            workdir / "checkpoints", config.get("max_to_keep", 2), resume
+        ) as checkpoints,
+    ):
+        task = build_task(config)
+        fit = Fit(config, task, mesh)
+        start = fit.restore(checkpoints)
+        with Writer(workdir, start, lead) as writer:
+            fit.train(start, checkpoints, writer, stop)
+        fit.finish(workdir, lead)
+
+
+class Fit:
+    """A task on a mesh: the state, the jitted functions and the loop over them."""
+
+    def __init__(self, config, task, mesh):
+        self.config, self.task, self.mesh = config, task, mesh
+        self.rules = tuple((p, tuple(s)) for p, s in config.get("rules", ()))
+        self.frozen = self.place(task.frozen)
+        self.encoders = self.place(task.encoders)
+        key_init, self.key_encode, self.key_step = jax.random.split(jax.random.key(config.seed), 3)
+        tx = optimizer.make_optimizer(config.optimizer, config.steps)
+        self.init = self.initialiser(task.params, tx, key_init)
+        self.abstract = checkpoint.abstract_state(
+            self.init, lambda shapes: sharding.shardings(shapes, mesh, self.rules)
+        )
+        placed = jax.tree.map(lambda s: s.sharding, self.abstract)
+        step = make_step(
+            task.objective, tx, config.ema_decay, config.grad_accum, config.get("ema_warmup", False)
+        )
+        whole = sharding.replicated(mesh)
+        self.step = jax.jit(step, donate_argnums=0, out_shardings=(placed, whole))
+        self.encode = jax.jit(task.encode)
+        self.placed = placed
+        self.state = None
+
+    def place(self, tree):
+        """Host or device arrays on the mesh; the rules apply where they match."""
+        where = sharding.shardings(tree, self.mesh, self.rules, strict=False)
+        return jax.tree.map(sharding.put, tree, where)
+
+    def initialiser(self, params, tx, key):
+        """`() -> TrainState`. Given parameters are an argument, never a constant of the program."""
+        if callable(params):
+            return lambda: init_state(params(key), tx)
+        params = self.place(params)
+        return functools.partial(init_state, tx=tx, params=params)
+
+    def restore(self, checkpoints):
+        """Fills `state` from the newest good checkpoint or anew; returns the step to go on from."""
+        stored = checkpoints.restore(
+            self.abstract, lambda meta: check_same(meta["config"], self.config, "checkpoint")
+        )
+        if stored is None:
+            init = self.init
+            keywords = getattr(init, "keywords", {})
+            if keywords:
+                make = functools.partial(init.func, tx=keywords["tx"])
+                self.state = jax.jit(make, out_shardings=self.placed)(params=keywords["params"])
+            else:
+                self.state = jax.jit(init, out_shardings=self.placed)()
+            return 0
+        self.state, data, _ = stored
+        self.task.loader.set_state(data)
+        step = int(self.state.step)
+        print(f"resumed at step {step}", flush=True)
+        return step
+
+    def batch(self, step):
+        """The encoded batch of `step`."""
+        raw = {k: v for k, v in next(self.task.loader).items() if is_numeric(v)}
+        raw = sharding.put_batch(raw, self.mesh)
+        return self.encode(self.encoders, raw, jax.random.fold_in(self.key_encode, step))
+
+    def save(self, step, checkpoints):
+        meta = {"config": plain(self.config), "mesh": dict(self.mesh.shape)}
+        checkpoints.save(step, self.state, self.task.loader.get_state(), meta)
+
+    def train(self, start, checkpoints, writer, stop):
+        """Steps `start` to `config.steps`, saving as it goes and at the end."""
+        config = self.config
+        parameters = trees.size(self.state.params)
+        print(f"{parameters:,} parameters to train on {self.mesh.size} devices", flush=True)
+        progress = Progress(config, start, writer)
+        with progress:
+            for step in range(start + 1, config.steps + 1):
+                batch = self.batch(step - 1)
+                self.state, metrics = self.step(self.state, self.frozen, batch, self.key_step)
+                progress.push(step, metrics)
+                stopping = stop.requested(step)
+                if stopping or step % config.save_every == 0 or step == config.steps:
+                    progress.flush()  # a bad step raises here and is not saved
+                    self.save(step, checkpoints)
+                if step % config.sample_every == 0:
+                    self.sample(step, writer)
+                if stopping:
+                    checkpoints.wait()
+                    raise Stopped(
+                        f"stopped by {stop.name} at step {step}; the state was saved",
+                        checkpoints.directory,
+                        "start again with --resume to go on",
+                    )
+        checkpoints.wait()
+
+    def sample(self, step, writer):
+        if self.task.sample is not None:
+            writer.image(step, self.task.sample(self.state.ema, self.frozen, self.encoders))
+
+    def finish(self, workdir, lead):
+        """Writes `export/`, all of it or nothing."""
+        if self.task.export is None or not lead:
+            return
+        temporary = workdir / "export.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        self.task.export(self.state.ema, self.frozen, self.encoders, temporary)
+        temporary.replace(workdir / "export")
+
+
+def is_numeric(value):
+    return isinstance(value, np.ndarray) and value.dtype.kind in "biuf"
