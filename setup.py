@@ -23,14 +23,8 @@ BASE = [
     "tensorboardX",
     "matplotlib",
 ]
-TEST = [
-    "pytest",
-    "pytest-xdist",
-    "ruff",
-    "torch==2.13.0",
-    "diffusers==0.42.1",
-    "scikit-image",
-]
+TEST_CORE = ["pytest", "pytest-xdist", "ruff"]
+TEST = [*TEST_CORE, "torch==2.13.0", "diffusers==0.42.1", "scikit-image", "accelerate"]
 
 setup(
     name="cnxs_jax",
@@ -41,5 +35,10 @@ setup(
     packages=find_packages(include=["cnxs_jax", "cnxs_jax.*"]),
     package_data={"cnxs_jax": ["assets/**/*", "assets/*"]},
     install_requires=BASE,
-    extras_require={"test": TEST, "tpu": ["jax[tpu]"], "cuda": ["jax[cuda12]"]},
+    extras_require={
+        "test": TEST,
+        "test-core": TEST_CORE,
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda12]"],
+    },
 )
