@@ -4,7 +4,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from cnxs_jax import tree
 from cnxs_jax.data import text
 from cnxs_jax.models.dit import PixArt
 from cnxs_jax.models.t5 import T5Encoder
@@ -31,34 +33,41 @@ def tokenizer(directory):
 
 
 def perturbed(module, *args, seed=0, **kwargs):
-    """Random parameters without zeros, so that no path is dead."""
-    params = module.init(jax.random.key(seed), *args, **kwargs)["params"]
-    leaves, treedef = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    noisy = [p + 0.1 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]
-    return treedef.unflatten(noisy)
+    """Random parameters without zeros, so that no path is dead. Nothing is computed but shapes."""
+    shapes = jax.eval_shape(functools.partial(module.init, **kwargs), jax.random.key(0), *args)
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        fan_in = np.prod(leaf.shape[-2:-1] if len(leaf.shape) < 4 else leaf.shape[:-1])
+        centre = 1.0 if path.endswith("scale") else 0.0
+        value = centre + rng.standard_normal(leaf.shape) / np.sqrt(max(fan_in, 4))
+        return jnp.asarray(value, jnp.float32)
+
+    return tree.map_with_path(draw, shapes["params"])
 
 
-def pipeline(directory, null_text=None, **dit):
-    """A pipeline with its tokenizer in `directory`."""
-    tokens = tokenizer(directory)
-    dit = {"sample_size": SIDE // 2, "use_additional_conditions": False} | dit
+@functools.cache
+def networks(vocab_size, **dit):
+    """The three components; a further call with the same arguments gives the same arrays."""
     transformer = PixArt(
         num_layers=2, num_attention_heads=2, attention_head_dim=12, cross_attention_dim=24,
-        caption_channels=16, **dit,
+        caption_channels=16, sample_size=SIDE // 2, **dit,
     )  # fmt: skip
     vae = AutoencoderKL(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4)
-    t5 = T5Encoder(vocab_size=len(tokens), d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    t5 = T5Encoder(vocab_size=vocab_size, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
     ids = jnp.ones((1, 4), jnp.int32)
     cond = {"text": jnp.zeros((1, 4, 16)), "text_mask": jnp.ones((1, 4), jnp.int32)}
     cond |= {"size": jnp.ones((1, 2)), "aspect": jnp.ones((1, 1))}
-    networks = {
+    made = {
         "transformer": (transformer, (jnp.zeros((1, 8, 8, 4)), jnp.zeros((1,)), cond)),
         "vae": (vae, (jnp.zeros((1, 16, 16, 3)),)),
         "text_encoder": (t5, (ids, ids)),
     }
-    components = {
-        name: Component(module, perturbed(module, *args))
-        for name, (module, args) in networks.items()
-    }
-    return PixArtAlphaPipeline(components, tokens, SCHEDULER, null_text)
+    return {name: Component(net, perturbed(net, *args)) for name, (net, args) in made.items()}
+
+
+def pipeline(directory, null_text=None, use_additional_conditions=False):
+    """A pipeline with its tokenizer in `directory`."""
+    tokens = tokenizer(directory)
+    made = networks(len(tokens), use_additional_conditions=use_additional_conditions)
+    return PixArtAlphaPipeline(made, tokens, SCHEDULER, null_text)
