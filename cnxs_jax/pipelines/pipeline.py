@@ -8,13 +8,12 @@ import tempfile
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from cnxs_jax.diffusion import solvers
 from cnxs_jax.errors import CheckpointError, ConfigError, did_you_mean
 from cnxs_jax.pipelines import scheduler as schedulers
 from cnxs_jax.pipelines.base import Component, Pipeline, refuse_parts
-from cnxs_jax.pipelines.load import load_model, save_model
+from cnxs_jax.pipelines.load import load_model, load_null_caption, save_model
 from cnxs_jax.pipelines.pixart import PixArtAlphaPipeline
 
 __all__ = ["FAMILIES", "load_pipeline", "save_pipeline"]
@@ -38,8 +37,8 @@ def load_pipeline(
         control, lora, experts: parts for families that take them.
         scheduler: "ddim", "ddpm", "euler", "dpmpp", "deis", "lcm" or a diffusers scheduler config
             dict, instead of the stored one; the model's noise schedule stays.
-        dtype: "float32" (default) or "bfloat16", in which the denoiser and the text encoder
-            compute. The autoencoder stays in float32; parameters are float32.
+        dtype: "float32" (default) or "bfloat16", of the denoiser's and the text encoder's
+            parameters and arithmetic. The autoencoder stays in float32.
         mesh: a mesh of `cnxs_jax.sharding.make_mesh` over which parameters and batch are split.
 
     Raises:
@@ -64,7 +63,7 @@ def load_pipeline(
         module, params = load_model(directory / name, dtype=own)
         rules = family.sharding_rules.get(name, ())
         components[name] = Component(module, _place(params, mesh, rules))
-    null = _null_text(directory, components)
+    null = _null_text(directory, family, components)
     return family(components, tokenizer, config, null, mesh)
 
 
@@ -72,7 +71,7 @@ def save_pipeline(pipe, path):
     """Writes `pipe` in diffusers' layout, whole or not at all.
 
     `diffusers.DiffusionPipeline.from_pretrained(path)` opens it. A learned null caption goes into
-    `null_caption.safetensors`, which diffusers ignores.
+    a side file of the denoiser, which diffusers ignores.
 
     Args:
         path: a new or empty directory, or an earlier pipeline, which is replaced.
@@ -110,13 +109,9 @@ def _write(pipe, directory):
         elif name == "tokenizer":
             _write_tokenizer(pipe.tokenizer, directory / name)
         else:
-            save_model(*pipe.components[name], directory / name)
+            null = pipe.null_text if name == pipe.denoiser else None
+            save_model(*pipe.components[name], directory / name, null_caption=null)
         index[name] = [library, class_name]
-    if pipe.null_text is not None:
-        from safetensors.numpy import save_file
-
-        null = np.ascontiguousarray(np.asarray(pipe.null_text, np.float32))
-        save_file({"null_caption": null}, directory / "null_caption.safetensors")
     _write_json(directory / INDEX, index)
 
 
@@ -215,20 +210,14 @@ def _place(params, mesh, rules):
     return jax.device_put(params, sharding.shardings(params, mesh, rules))
 
 
-def _null_text(directory, components):
-    path = directory / "null_caption.safetensors"
-    if not path.is_file():
+def _null_text(directory, family, components):
+    """The learned unconditional caption [L,D] beside the denoiser or in the pipeline, or None."""
+    null = load_null_caption(directory / family.denoiser)
+    if null is None:
         return None
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"not a readable safetensors file: {error}", str(path)) from None
-    width = components["transformer"].module.caption_channels
-    null = tensors.get("null_caption")
-    if null is None or null.ndim != 2 or null.shape[1] != width or not np.isfinite(null).all():
-        got = {name: list(value.shape) for name, value in tensors.items()}
-        raise CheckpointError(f"expected null_caption [L,{width}], finite; got {got}", str(path))
-    return jnp.asarray(null, jnp.float32)
+    width = components[family.denoiser].module.caption_channels
+    if null.shape[1] != width:
+        raise CheckpointError(
+            f"null_caption is {list(null.shape)}, the model reads [L,{width}]", str(directory)
+        )
+    return jnp.asarray(null)

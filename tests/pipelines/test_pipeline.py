@@ -1,4 +1,4 @@
-"""The pipeline: a picture depends on its own seed and prompt only; programs and arrays are shared."""
+"""The pipeline: a picture depends on its seed and prompt only; programs and arrays are shared."""
 
 import warnings
 
