@@ -66,6 +66,8 @@ def parse(data, path):
     """The header's JSON; duplicate keys are refused, as readers disagree on which one counts."""
     if data[:1] != b"{":
         raise fail("the safetensors header does not start with '{'", path)
+    if data.count(b'"data_offsets"') > MAX_TENSORS:  # before a parse that would take seconds
+        raise fail(f"more than {MAX_TENSORS} tensors", path)
     try:
         return json.loads(data.decode("utf-8"), object_pairs_hook=lambda p: unique(p, path))
     except (ValueError, RecursionError) as error:

@@ -1,0 +1,60 @@
+"""`python -m cnxs_jax.convert SRC DST --to=diffusers|official`: weights from layout to layout."""
+
+import argparse
+
+from cnxs_jax.errors import ConfigError, run_main
+
+
+def parser():
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m cnxs_jax.convert", description=__doc__)
+    parser.add_argument("src", help="component or pipeline directory, or weight file")
+    parser.add_argument("dst", nargs="?", help="new directory, or .pth/.safetensors for official")
+    parser.add_argument("--to", choices=("diffusers", "official"), default="diffusers")
+    parser.add_argument("--component", help="component of a pipeline, or state dict of a .pth")
+    parser.add_argument("--config", help="config.json, where the source has none")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the stored weights")
+    parser.add_argument("--list", action="store_true", help="names, dtypes and shapes only")
+    return parser
+
+
+def main(argv=None):
+    """Converts or lists; 0, or raises a CnxsError."""
+    from cnxs_jax.pipelines import load
+
+    args = parser().parse_args(argv)
+    if args.list:
+        return show(args)
+    if args.dst is None:
+        raise ConfigError("DST is missing", "command line", "give where to write, or --list")
+    module, params = load.load_model(args.src, args.component, args.config)
+    null = None
+    if type(module).__name__ == "PixArt":
+        null = load.load_null_caption(args.src, args.component)
+        if null is None:
+            print("note: the source has no learned null caption; guidance uses the empty prompt")
+    save = load.save_model if args.to == "diffusers" else load.save_official
+    save(module, params, args.dst, dtype=args.dtype, null_caption=null)
+    print(f"{args.dst}: {type(module).__name__}, {args.to} layout")
+    return 0
+
+
+def show(args):
+    """Prints the tensors of a file or component without loading them."""
+    from pathlib import Path
+
+    from cnxs_jax.convert.files import read_tensors
+    from cnxs_jax.pipelines.load import component_directory, find_weights
+
+    source, which = Path(args.src), args.component
+    if source.is_dir():
+        source, which = find_weights(component_directory(source, which)), None
+    tensors = read_tensors(source, which)
+    for key, array in sorted(tensors.items()):
+        print(f"{key}  {array.dtype}  {list(array.shape)}")
+    print(f"{len(tensors)} tensors, {sum(a.size for a in tensors.values()):,} numbers")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,209 @@
+"""Which file belongs to which module: class names, tables, configs. Modules are imported late."""
+
+import dataclasses
+import importlib
+import types
+import typing
+
+import jax
+import jax.numpy as jnp
+
+from cnxs_jax.convert import pixart, t5, vae
+from cnxs_jax.convert.rules import Table
+from cnxs_jax.errors import CnxsError, ConfigError, did_you_mean
+
+# Fields that say how to compute and not what: no part of a config.json.
+RUNTIME = ("parent", "name", "dtype", "remat", "attention_impl")
+MAX_LAYERS = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A kind of network and its files.
+
+    Args:
+        classes: `_class_name` or `architectures` values; the first one is written.
+        module: "package.file:Class".
+        table: what reads this family's diffusers/transformers files.
+        save_table: what writes them, where it is another.
+        example: module -> arguments for `init`, as small as they can be.
+        supported: {config key: allowed values}; anything else would compute something different.
+        constants: config keys without a field, written for the PyTorch side.
+        stem: name of the weight file.
+    """
+
+    classes: tuple
+    module: str
+    table: Table
+    example: typing.Callable
+    supported: dict
+    constants: dict
+    stem: str = "diffusion_pytorch_model"
+    save_table: Table | None = None
+
+    def load(self):
+        """The module class."""
+        package, name = self.module.split(":")
+        return getattr(importlib.import_module(package), name)
+
+
+def pixart_example(module):
+    p = module.patch_size
+    cond = {
+        "text": jnp.zeros((1, 1, module.caption_channels)),
+        "size": jnp.zeros((1, 2)),
+        "aspect": jnp.zeros((1, 1)),
+    }
+    return jnp.zeros((1, p, p, module.in_channels)), jnp.zeros((1,)), cond
+
+
+def vae_example(module):
+    side = 2 ** (len(module.block_out_channels) - 1)
+    return (jnp.zeros((1, side, side, module.in_channels)),)
+
+
+def t5_example(module):
+    return jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), jnp.int32)
+
+
+FAMILIES = (
+    Family(
+        ("PixArtTransformer2DModel", "Transformer2DModel"),
+        "cnxs_jax.models.dit:PixArt",
+        pixart.DIFFUSERS,
+        pixart_example,
+        supported={
+            "norm_type": ("ada_norm_single",),
+            "activation_fn": ("gelu-approximate",),
+            "attention_bias": (True,),
+            "norm_elementwise_affine": (False,),
+            "norm_eps": (1e-6,),
+            "attention_type": ("default",),
+        },
+        constants={
+            "norm_type": "ada_norm_single",
+            "activation_fn": "gelu-approximate",
+            "attention_bias": True,
+            "norm_elementwise_affine": False,
+            "norm_eps": 1e-6,
+            "num_embeds_ada_norm": 1000,
+        },
+    ),
+    Family(
+        ("AutoencoderKL",),
+        "cnxs_jax.models.vae:AutoencoderKL",
+        vae.OLD_ATTENTION,
+        vae_example,
+        supported={
+            "down_block_types": ("DownEncoderBlock2D",),
+            "up_block_types": ("UpDecoderBlock2D",),
+            "act_fn": ("silu", "swish"),
+            "latents_mean": (None,),
+            "latents_std": (None,),
+        },
+        constants={},
+        save_table=vae.DIFFUSERS,
+    ),
+    Family(
+        ("T5EncoderModel", "T5ForConditionalGeneration", "T5Model"),
+        "cnxs_jax.models.t5:T5Encoder",
+        t5.TRANSFORMERS,
+        t5_example,
+        supported={"model_type": ("t5",)},
+        constants={
+            "model_type": "t5",
+            "is_encoder_decoder": False,
+            "use_cache": False,
+            "tie_word_embeddings": True,
+            "pad_token_id": 0,
+            "eos_token_id": 1,
+        },
+        stem="model",
+    ),
+)
+
+
+def family_of(config, where):
+    """The family that a config.json names. Raises ConfigError."""
+    name = config.get("_class_name") or next(iter(config.get("architectures") or []), None)
+    for family in FAMILIES:
+        if name in family.classes:
+            return family
+    known = [name for family in FAMILIES for name in family.classes]
+    what = f"unknown model class {name!r}, known: {', '.join(known)}."
+    raise ConfigError(what + did_you_mean(name, known), where)
+
+
+def family_of_module(module):
+    """The family of a module instance. Raises ConfigError."""
+    name = f"{type(module).__module__}:{type(module).__name__}"
+    for family in FAMILIES:
+        if family.module == name:
+            return family
+    raise ConfigError(f"no file layout is known for {type(module).__name__}")
+
+
+def build(family, config, where, dtype=None):
+    """`(module, target)`: the module of a config and the shapes of its parameters.
+
+    Config keys that are no fields are ignored. Raises ConfigError for values that this module
+    cannot honour.
+    """
+    for key, allowed in family.supported.items():
+        given = config.get(key, allowed[0])
+        values = given if isinstance(given, list | tuple) else [given]
+        bad = [v for v in values if v not in allowed]
+        if bad:
+            raise ConfigError(f"{key} = {bad[0]!r} is not supported, only {allowed}", where)
+    cls = family.load()
+    fields = {
+        f.name: check_value(f.name, config[f.name], f.type, where)
+        for f in dataclasses.fields(cls)
+        if f.name not in RUNTIME and f.name in config
+    }
+    if dtype is not None:
+        fields["dtype"] = dtype
+    try:
+        module = cls(**fields)
+        init = jax.eval_shape(lambda: module.init(jax.random.key(0), *family.example(module)))
+    except CnxsError:
+        raise
+    except Exception as error:  # whatever flax or jax say to impossible sizes
+        raise ConfigError(f"no model of this config: {str(error)[:300]}", where) from None
+    return module, init["params"]
+
+
+def check_value(name, value, annotation, where):
+    """The value as the field wants it; lists become tuples."""
+    union = isinstance(annotation, types.UnionType)
+    kinds = typing.get_args(annotation) if union else (annotation,)
+    kinds = tuple(typing.get_origin(k) or k for k in kinds)
+    if isinstance(value, list):
+        value = tuple(value)
+    whole = value if isinstance(value, tuple) else (value,)
+    right = any(isinstance(k, type) and isinstance(value, k) for k in kinds)
+    if isinstance(value, int) and float in kinds:
+        right = True
+    if isinstance(value, bool) and bool not in kinds:
+        right = False
+    # Every integer of these configs counts something.
+    small = all(1 <= v < 2**24 for v in whole if type(v) is int)
+    if "layers" in name:
+        small = small and all(v <= MAX_LAYERS for v in whole if type(v) is int)
+    if not right or not small:
+        names = " or ".join(getattr(k, "__name__", str(k)) for k in kinds)
+        raise ConfigError(f"{name} = {value!r}, expected {names} of a sensible size", where)
+    return value
+
+
+def config_of(module):
+    """The config.json of a module, with the class name of its PyTorch counterpart."""
+    family = family_of_module(module)
+    fields = {
+        f.name: getattr(module, f.name) for f in dataclasses.fields(module) if f.name not in RUNTIME
+    }
+    if family.stem == "model":
+        head = {"architectures": [family.classes[0]]}
+    else:
+        head = {"_class_name": family.classes[0]}
+    return {**head, **family.constants, **fields}

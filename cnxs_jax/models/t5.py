@@ -1,0 +1,221 @@
+"""The T5 text encoder (arXiv 1910.10683; v1.1 with gated GELU), transformers' `T5EncoderModel`.
+
+Fields carry the names of transformers' `T5Config`, parameters its names (docs/architecture.md).
+The blocks are scanned: `encoder/block` has a leading layer axis. Only the first layer owns a
+relative position bias, which all layers share, so it lies outside of the scan at
+`encoder/relative_attention_bias/embedding`
+(`encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight` in PyTorch).
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cnxs_jax.errors import ConfigError, did_you_mean
+from cnxs_jax.models.attention import attention
+
+FEED_FORWARDS = ("gated-gelu", "relu")
+
+
+def position_buckets(length, num_buckets, max_distance):
+    """Bucket of every (query, key) pair, int32 [length, length], bidirectional.
+
+    Half of the buckets for each direction; near distances get one each, far ones share
+    logarithmically growing ranges up to `max_distance`. float32 as in PyTorch, whose rounding
+    decides the bucket of distances at the edge of a range.
+    """
+    positions = np.arange(length)
+    offset = positions[None, :] - positions[:, None]
+    half, distance = num_buckets // 2, np.abs(offset)
+    exact = half // 2
+    ratio = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
+    ratio = ratio / np.float32(math.log(max_distance / exact)) * np.float32(half - exact)
+    far = np.minimum(exact + ratio.astype(np.int32), half - 1)
+    return np.where(offset > 0, half, 0) + np.where(distance < exact, distance, far)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale in float32 (T5LayerNorm: no mean, no bias)."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],)).astype(jnp.float32)
+        x = x.astype(jnp.float32)
+        return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon) * scale
+
+
+def _dense(features, std, dtype, name):
+    init = nn.initializers.normal(std)
+    return nn.Dense(features, use_bias=False, dtype=dtype, kernel_init=init, name=name)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention whose logits are not scaled: T5 folds 1/sqrt(d_kv) into its init."""
+
+    num_heads: int
+    d_kv: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_BxLxD, bias_1xHxLxL, mask_BxL):
+        D, inner = x_BxLxD.shape[-1], self.num_heads * self.d_kv
+
+        def heads(name, std):
+            h = _dense(inner, std, self.dtype, name)(x_BxLxD)
+            return h.reshape(*h.shape[:2], self.num_heads, self.d_kv)
+
+        q, k, v = heads("q", (D * self.d_kv) ** -0.5), heads("k", D**-0.5), heads("v", D**-0.5)
+        # "xla": the fused kernels would round the position bias to bfloat16.
+        out = attention(
+            q, k, v, mask_BxS=mask_BxL, bias=bias_1xHxLxL, scale=1.0, impl="xla"
+        ).reshape(*x_BxLxD.shape[:2], inner)
+        return _dense(D, inner**-0.5, self.dtype, "o")(out)
+
+
+class FeedForward(nn.Module):
+    """Gated GELU (tanh form) or ReLU; `wo` in float32, whose products overflow float16."""
+
+    d_ff: int
+    kind: str
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        D = x.shape[-1]
+
+        def wi(name):
+            return _dense(self.d_ff, D**-0.5, self.dtype, name)(x)
+
+        h = nn.relu(wi("wi")) if self.kind == "relu" else nn.gelu(wi("wi_0")) * wi("wi_1")
+        return _dense(D, self.d_ff**-0.5, jnp.float32, "wo")(h)
+
+
+class AttentionLayer(nn.Module):
+    """Pre-norm self-attention with a residual (`layer.0`)."""
+
+    num_heads: int
+    d_kv: int
+    epsilon: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x, bias, mask):
+        h = RMSNorm(self.epsilon, name="layer_norm")(x).astype(self.dtype)
+        layer = SelfAttention(self.num_heads, self.d_kv, self.dtype, name="SelfAttention")
+        return x + layer(h, bias, mask).astype(x.dtype)
+
+
+class FeedForwardLayer(nn.Module):
+    """Pre-norm feed-forward with a residual (`layer.1`)."""
+
+    d_ff: int
+    kind: str
+    epsilon: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        h = RMSNorm(self.epsilon, name="layer_norm")(x).astype(self.dtype)
+        return x + FeedForward(self.d_ff, self.kind, self.dtype, name="DenseReluDense")(h)
+
+
+class T5Block(nn.Module):
+    """Attention and feed-forward; the residual stream stays float32 in every compute dtype."""
+
+    num_heads: int
+    d_kv: int
+    d_ff: int
+    kind: str
+    epsilon: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x, bias, mask):
+        attend = AttentionLayer(self.num_heads, self.d_kv, self.epsilon, self.dtype, name="layer_0")
+        feed = FeedForwardLayer(self.d_ff, self.kind, self.epsilon, self.dtype, name="layer_1")
+        return feed(attend(x, bias, mask)), None
+
+
+class T5Stack(nn.Module):
+    """Position bias, scanned blocks and the final norm."""
+
+    config: "T5Encoder"
+
+    @nn.compact
+    def __call__(self, x_BxLxD, mask_BxL):
+        c = self.config
+        init = nn.initializers.normal(c.d_model**-0.5)
+        table = nn.Embed(
+            c.relative_attention_num_buckets,
+            c.num_heads,
+            embedding_init=init,
+            name="relative_attention_bias",
+        )
+        buckets = position_buckets(
+            x_BxLxD.shape[1], c.relative_attention_num_buckets, c.relative_attention_max_distance
+        )
+        bias_1xHxLxL = table(jnp.asarray(buckets)).transpose(2, 0, 1)[None].astype(jnp.float32)
+        block = nn.remat(T5Block, prevent_cse=False) if c.remat else T5Block
+        blocks = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, nn.broadcast),
+            length=c.num_layers,
+        )
+        sizes = c.num_heads, c.d_kv, c.d_ff, c.feed_forward_proj, c.layer_norm_epsilon, c.dtype
+        x, _ = blocks(*sizes, name="block")(x_BxLxD, bias_1xHxLxL, mask_BxL)
+        return RMSNorm(c.layer_norm_epsilon, name="final_layer_norm")(x)
+
+
+class T5Encoder(nn.Module):
+    """`apply({"params": p}, ids [B,L] int32, mask [B,L]) -> [B,L,d_model]` float32.
+
+    Padded positions (mask 0) influence no other position; their own outputs are finite and mean
+    nothing, also where a whole row is padded. Ids must lie below `vocab_size` (the tokenizer's
+    matter; others give NaN). Compute dtype float32 or bfloat16: `wo`'s outputs overflow float16
+    (ConfigError).
+
+    Args:
+        feed_forward_proj: "gated-gelu" (v1.1) or "relu" (v1.0).
+        remat: recompute each block in the backward pass.
+    """
+
+    vocab_size: int = 32128
+    d_model: int = 4096
+    d_kv: int = 64
+    d_ff: int = 10240
+    num_layers: int = 24
+    num_heads: int = 64
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
+    feed_forward_proj: str = "gated-gelu"
+    dtype: jnp.dtype = jnp.float32
+    remat: bool = False
+
+    def setup(self):
+        if jnp.dtype(self.dtype) == jnp.float16:
+            raise ConfigError("T5 overflows in float16", "t5 dtype", "use float32 or bfloat16")
+        kind = self.feed_forward_proj
+        if kind not in FEED_FORWARDS:
+            raise ConfigError(
+                f"feed_forward_proj {kind!r} is not supported.{did_you_mean(kind, FEED_FORWARDS)}",
+                "text encoder config",
+                f"one of {', '.join(FEED_FORWARDS)}",
+            )
+        init = nn.initializers.normal(1.0)
+        self.shared = nn.Embed(self.vocab_size, self.d_model, embedding_init=init)
+        self.encoder = T5Stack(self.clone(parent=None, name=None))
+
+    def __call__(self, ids, mask=None):
+        if ids.ndim != 2 or (mask is not None and mask.shape != ids.shape):
+            got = f"{list(ids.shape)} and {None if mask is None else list(mask.shape)}"
+            raise ConfigError(f"ids and mask must both be [B,L], got {got}", "t5 input")
+        mask = jnp.ones(ids.shape, jnp.int32) if mask is None else mask
+        return self.encoder(self.shared(ids).astype(jnp.float32), mask)

@@ -1,0 +1,253 @@
+"""Opens and writes one network: `load_model`, `save_model`."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from cnxs_jax import tree
+from cnxs_jax.convert import families, files, pixart, rules
+from cnxs_jax.errors import CheckpointError, ConfigError, did_you_mean
+
+STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
+ENDINGS = (
+    ".safetensors",
+    ".safetensors.index.json",
+    ".fp16.safetensors",
+    ".bin",
+    ".bin.index.json",
+)
+NULL_FILE = "null_caption.safetensors"
+MAX_CONFIG = 2**20
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def load_model(path, component=None, config=None, dtype=None):
+    """Opens one network with its weights: `(module, params)`.
+
+    Args:
+        path: a component directory (config.json and weights), a pipeline directory together with
+            `component`, or one weight file: the official PixArt `.pth` files of the published
+            sizes need nothing else, others need `config` or a config.json beside them.
+        component: the pipeline's component ("transformer"), or the state dict of a `.pth` that
+            has several ("state_dict_ema").
+        config: a dict or a JSON file with diffusers' names; goes over the file's own.
+        dtype: of parameters and computation ("bfloat16"); None: float32.
+
+    Returns:
+        A Linen module and its parameters, jax arrays in a nested dict.
+
+    Raises:
+        ConfigError: unknown class or component, unsupported config.
+        CheckpointError: missing, damaged, hostile or ill-fitting files.
+    """
+    dtype = check_dtype(dtype)
+    module, target, tensors, table, where = open_model(path, component, config, dtype)
+    params = rules.to_params(tensors, target, table, where, dtype or np.float32)
+    flat = tree.flatten(params)
+    del params
+    return module, tree.unflatten({name: jnp.asarray(flat.pop(name)) for name in list(flat)})
+
+
+def open_model(path, component=None, config=None, dtype=None):
+    """`(module, target shapes, tensors, table, file)`: everything but the conversion."""
+    path = Path(path)
+    given = read_config(config) if config is not None else {}
+    if path.is_dir():
+        directory = component_directory(path, component)
+        where = directory / "config.json"
+        given, weights, which = {**read_config(where), **given}, find_weights(directory), None
+    elif path.is_file():
+        weights, which = path, component
+        where = config if isinstance(config, str | os.PathLike) else path
+        if not given and (path.parent / "config.json").is_file():
+            where = path.parent / "config.json"
+            given = read_config(where)
+    else:
+        raise CheckpointError("there is no such file or directory", str(path))
+    tensors = files.read_tensors(weights, which)
+    family, table, given = recognise(tensors, given, str(weights), str(where))
+    module, target = families.build(family, given, str(where), dtype)
+    return module, target, tensors, table, str(weights)
+
+
+def recognise(tensors, config, weights, where):
+    """`(family, table, config)` by the config's class, or by the names of the tensors."""
+    if pixart.is_official(tensors):
+        family = families.FAMILIES[0]
+        return family, pixart.OFFICIAL, config or pixart.config_of(tensors, weights)
+    if not config:
+        raise ConfigError(
+            "a weight file without a config, and no official PixArt file",
+            weights,
+            "give `config`: a dict or a config.json that has `_class_name` or `architectures`",
+        )
+    family = families.family_of(config, where)
+    return family, family.table, config
+
+
+def component_directory(path, component):
+    """The directory of one component; lists them when the choice is open."""
+    if component is None and (path / "config.json").is_file():
+        return path
+    names = sorted(p.parent.name for p in path.glob("*/config.json"))
+    if component is None:
+        what = f"holds several components: {', '.join(names)}" if names else "has no config.json"
+        raise ConfigError(f"the directory {what}", str(path), "give one of them as `component`")
+    if component in names:
+        return path / component
+    what = f"no component {component!r}, there are: {', '.join(names) or 'none'}."
+    raise ConfigError(what + did_you_mean(component, names), str(path))
+
+
+def find_weights(directory):
+    """The weight file or index of a component directory; safetensors before pickles."""
+    names = [stem + ending for ending in ENDINGS for stem in STEMS]
+    for name in names:
+        if (directory / name).is_file():
+            return directory / name
+    have = sorted(p.name for p in directory.iterdir())[:20]
+    raise CheckpointError(
+        f"no weights, only {', '.join(have)}", str(directory), f"expected one of {', '.join(names)}"
+    )
+
+
+def read_config(config):
+    """A dict, as it is or from a JSON file."""
+    if isinstance(config, dict):
+        return config
+    try:
+        data = Path(config).read_bytes()
+        content = json.loads(data) if len(data) <= MAX_CONFIG else None
+    except OSError as error:
+        raise ConfigError(f"the config cannot be read: {error.strerror}", str(config)) from None
+    except (ValueError, RecursionError, TypeError) as error:
+        raise ConfigError(f"the config is no JSON: {error}", str(config)) from None
+    if not isinstance(content, dict):
+        raise ConfigError("the config is no table of names and values", str(config))
+    return content
+
+
+def check_dtype(dtype):
+    """A floating numpy dtype, or None."""
+    if dtype is None:
+        return None
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or found.name not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r}, expected one of {', '.join(DTYPES)}", "dtype")
+    return found
+
+
+def load_null_caption(path, component=None):
+    """PixArt's learned unconditional caption, float32 [L, caption_channels], or None.
+
+    Args:
+        path: what `load_model` takes. An official file has the caption inside, a component or
+            pipeline directory has it in `null_caption.safetensors`.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        tensors = files.read_tensors(path, component)
+        if not pixart.is_official(tensors):
+            return None
+        return rules.side_tensors(tensors, pixart.OFFICIAL).get(pixart.NULL_CAPTION)
+    for file in (path / (component or "") / NULL_FILE, path / NULL_FILE, path.parent / NULL_FILE):
+        if file.is_file():
+            return check_null(files.read_tensors(file), file)
+    return None
+
+
+def check_null(tensors, file):
+    """The caption in a side file: [L, D] and finite."""
+    null = tensors.get(pixart.NULL_CAPTION)
+    if null is None or null.ndim != 2 or not np.isfinite(null.astype(np.float32)).all():
+        got = {key: value.shape for key, value in tensors.items()}
+        raise CheckpointError(f"expected a finite null_caption [L, D], got {got}", str(file))
+    return np.array(null, np.float32)
+
+
+def save_model(module, params, directory, dtype=None, null_caption=None):
+    """Writes `config.json` and safetensors in diffusers'/transformers' layout.
+
+    Args:
+        directory: made if it is not there.
+        dtype: "bfloat16" or "float32" for the stored weights; None: as they are.
+        null_caption: [L, D], PixArt's learned unconditional caption, into a side file.
+
+    Raises CheckpointError if the disk refuses or reads back something else.
+    """
+    family, directory = families.family_of_module(module), Path(directory)
+    tensors = rules.to_tensors(params, family.save_table or family.table)
+    make_directory(directory)
+    files.write_safetensors(directory / f"{family.stem}.safetensors", tensors, dtype=dtype)
+    if null_caption is not None:
+        side = {pixart.NULL_CAPTION: np.asarray(null_caption)}
+        files.write_safetensors(directory / NULL_FILE, side)
+    write_json(directory / "config.json", families.config_of(module))
+
+
+def save_official(module, params, file, dtype=None, null_caption=None):
+    """Writes PixArt's own layout: `.pth` (needs PyTorch) or `.safetensors`.
+
+    The position table, which the official code deletes on loading, is written with it.
+    """
+    family = families.family_of_module(module)
+    if family is not families.FAMILIES[0]:
+        raise ConfigError(f"there is no official layout of {family.classes[0]}", "--to")
+    side = {} if null_caption is None else {pixart.NULL_CAPTION: null_caption}
+    tensors = rules.to_tensors(params, pixart.OFFICIAL, side)
+    tensors["pos_embed"] = position_table(module)
+    file = Path(file)
+    make_directory(file.parent)
+    if file.suffix == ".safetensors":
+        files.write_safetensors(file, tensors, dtype=dtype)
+    elif file.suffix == ".pth":
+        write_pth(file, tensors, dtype)
+    else:
+        raise ConfigError(f"{file.name!r} ends in neither .pth nor .safetensors", "DST")
+
+
+def position_table(module):
+    """The sine-cosine table of the square grid, [1, N, D]."""
+    from cnxs_jax.models.attention import sincos_2d
+
+    side = module.sample_size // module.patch_size
+    scale = module.interpolation_scale or max(module.sample_size // 64, 1)
+    return np.asarray(sincos_2d(module.features, side, side, side, scale), np.float32)[None]
+
+
+def write_pth(file, tensors, dtype):
+    """`{"state_dict": tensors}` by PyTorch, which is imported here only."""
+    try:
+        import torch
+    except ImportError:
+        fix = "install PyTorch, or let DST end in .safetensors"
+        raise ConfigError("writing a .pth needs PyTorch", str(file), fix) from None
+    kind = None if dtype is None else getattr(torch, np.dtype(dtype).name)
+    state = {k: torch.from_numpy(np.array(v, np.float32)).to(kind) for k, v in tensors.items()}
+    temporary = file.with_suffix(".tmp")
+    torch.save({"state_dict": state}, temporary)
+    os.replace(temporary, file)
+
+
+def make_directory(directory):
+    """Makes it with its parents; CheckpointError where that cannot be."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot make the directory: {error}", str(directory)) from None
+
+
+def write_json(path, content):
+    """Writes JSON under a temporary name first."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+        json.dump(content, file, indent=2, sort_keys=True)
+        file.write("\n")
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
