@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 
@@ -155,8 +156,8 @@ def _directory(path):
             )
         return local
     text = str(path)
-    if local.exists() or text.count("/") != 1 or text[0] in "./~" or not text.split("/")[1]:
-        raise CheckpointError("there is no such directory", text)
+    if local.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text):
+        raise CheckpointError(f"there is no directory {text!r}", "path")
     return _from_hub(text)
 
 
@@ -192,7 +193,7 @@ def _from_hub(name):
 
 def _family(directory):
     name = schedulers.read_json(directory / INDEX).get("_class_name")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise ConfigError(
             f"the pipeline class {name!r} is not supported.{did_you_mean(name, FAMILIES)}",
             str(directory / INDEX),
