@@ -1,4 +1,4 @@
-"""The whole pipeline against diffusers' PixArtAlphaPipeline: same prompt and noise, same picture."""
+"""The whole pipeline against diffusers: same prompt and noise, same picture, both ways."""
 
 import jax
 import numpy as np
