@@ -1,0 +1,83 @@
+"""PixArt-alpha and PixArt-delta (arXiv 2310.00426, 2401.05252) as a pipeline family."""
+
+import jax.numpy as jnp
+
+from cnxs_jax import sharding
+from cnxs_jax.data import text as texts_to_tokens
+from cnxs_jax.pipelines.base import Pipeline, encode_text
+from cnxs_jax.pipelines.sizes import bins, nearest_bin
+
+MAX_TOKENS = 120  # PixArt's training length
+
+
+class PixArtAlphaPipeline(Pipeline):
+    """T5 text encoder, DiT, KL autoencoder.
+
+    Guidance: with a stored null caption the unconditional half sees it under the prompt's own
+    mask, as PixArt trains (convention `learned`); without one, or with a negative prompt, it sees
+    that text (by default "") under its own mask, as diffusers does (`empty_prompt`).
+    """
+
+    class_name = "PixArtAlphaPipeline"
+    denoiser = "transformer"
+    # Directory -> (library, class) written to model_index.json, in diffusers' order.
+    classes = {
+        "scheduler": ("diffusers", None),
+        "text_encoder": ("transformers", "T5EncoderModel"),
+        "tokenizer": ("transformers", "T5Tokenizer"),
+        "transformer": ("diffusers", "PixArtTransformer2DModel"),
+        "vae": ("diffusers", "AutoencoderKL"),
+    }
+    networks = ("transformer", "vae", "text_encoder")
+    sharding_rules = {"transformer": sharding.DIT_RULES}
+    steps = 20
+    guidance_scale = 4.5
+    load_tokenizer = staticmethod(texts_to_tokens.load_tokenizer)
+
+    def sizes(self, height, width):
+        """Sizes of result and drawing; the published models draw their nearest aspect bin."""
+        module = self.components["transformer"].module
+        table = bins(module.sample_size, self.factor)
+        if table is None:
+            return super().sizes(height, width)
+        size = self.asked_size(height, width)
+        return size, nearest_bin(*size, table)
+
+    def encode(self, request, size):
+        """`text`, `text_mask`, for 1024-MS `size` and `aspect`; `null` when guided."""
+        text, mask = self._embed(request.prompts)
+        rows = request.repeats
+        cond = {"text": jnp.repeat(text, rows, axis=0), "text_mask": jnp.repeat(mask, rows, axis=0)}
+        if self.components["transformer"].module.micro_conditioning:
+            batch = (request.batch, 1)
+            cond["size"] = jnp.tile(jnp.asarray([size], jnp.float32), batch)
+            cond["aspect"] = jnp.full(batch, size[0] / size[1], jnp.float32)
+        if request.guided:
+            cond["guidance_scale"] = jnp.full((request.batch,), request.guidance, jnp.float32)
+            cond["null"] = self._null(request)
+        return cond
+
+    @property
+    def max_tokens(self):
+        """Tokens a text is padded or cut to: 120 or what tokenizer or null caption was made for."""
+        null = MAX_TOKENS if self.null_text is None else len(self.null_text)
+        return min(MAX_TOKENS, self.tokenizer.model_max_length, null)
+
+    def _null(self, request):
+        if self.null_text is not None and request.negatives is None:
+            null = self.null_text[: self.max_tokens]
+            return {"text": jnp.broadcast_to(null, (request.batch, *null.shape))}
+        # One row serves all images where there is no negative prompt.
+        one = request.negatives is None
+        text, mask = self._embed([""] if one else request.negatives)
+        rows = request.batch if one else request.repeats
+        return {"text": jnp.repeat(text, rows, axis=0), "text_mask": jnp.repeat(mask, rows, axis=0)}
+
+    def _embed(self, texts):
+        """Encoded text [B,L,D] and mask [B,L] of a list of texts."""
+        # PixArt lower-cases. Its removal of URLs and markup is left to whoever writes the captions.
+        texts = [text.lower().strip() for text in texts]
+        ids, mask = texts_to_tokens.tokenize(self.tokenizer, texts, self.max_tokens)
+        ids, mask = jnp.asarray(ids), jnp.asarray(mask)
+        text = encode_text(*self.components["text_encoder"], *self._rows((ids, mask)))
+        return text[: len(texts)], mask

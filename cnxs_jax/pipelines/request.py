@@ -1,0 +1,169 @@
+"""One call's arguments, checked and normalised before any device work."""
+
+import dataclasses
+import math
+import numbers
+
+import numpy as np
+
+from cnxs_jax.errors import ConfigError, did_you_mean
+from cnxs_jax.pipelines.sizes import check_side
+
+MAX_PROMPT = 2000  # characters; caption cleaning is quadratic in them
+MAX_STEPS = 1000
+MAX_BATCH = 4096
+OUTPUT_TYPES = ("pil", "np", "latent")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What to draw. One row an image: images of one prompt are neighbours.
+
+    Attributes:
+        prompts, negatives: one text a prompt (negatives may be None).
+        repeats: images per prompt; `batch` = len(prompts) * repeats.
+        steps, guidance: network evaluations and guidance scale w of eps_u + w (eps_c - eps_u).
+        height, width: pixels asked for, None for the model's own.
+        seeds, indices: uint32 [batch]; image n is drawn from fold_in(key(seeds[n]), indices[n]).
+        latents: float32 [batch,h,w,C] standard normal noise to start from, or None to draw it.
+        output_type: pil, np or latent.
+    """
+
+    prompts: list
+    negatives: list | None
+    repeats: int
+    steps: int
+    guidance: float
+    height: int | None
+    width: int | None
+    seeds: np.ndarray
+    indices: np.ndarray
+    latents: np.ndarray | None
+    output_type: str
+
+    @property
+    def batch(self):
+        """Number of images."""
+        return len(self.prompts) * self.repeats
+
+    @property
+    def guided(self):
+        """Whether the unconditional half is evaluated at all, as in diffusers: w > 1."""
+        return self.guidance > 1.0
+
+
+def check(
+    prompt, negative_prompt, steps, guidance, height, width, repeats, seed, latents, output_type
+):
+    """The Request of a call; raises ConfigError for what no model could draw."""
+    prompts = _texts(prompt, "prompt")
+    count = _integer(repeats, "num_images_per_prompt", 1, MAX_BATCH)
+    batch = len(prompts) * count
+    if batch > MAX_BATCH:
+        raise ConfigError(f"{batch} images in one call, at most {MAX_BATCH}", "prompt")
+    if output_type not in OUTPUT_TYPES:
+        raise ConfigError(
+            f"unknown output type {output_type!r}.{did_you_mean(output_type, OUTPUT_TYPES)}",
+            "output_type",
+            f"one of {', '.join(OUTPUT_TYPES)}",
+        )
+    for name, side in (("height", height), ("width", width)):
+        if side is not None:
+            check_side(name, side)
+    seeds, indices = _seeds(seed, batch)
+    return Request(
+        prompts=prompts,
+        negatives=_negatives(negative_prompt, len(prompts)),
+        repeats=count,
+        steps=_integer(steps, "num_inference_steps", 1, MAX_STEPS),
+        guidance=_guidance(guidance),
+        height=height,
+        width=width,
+        seeds=seeds,
+        indices=indices,
+        latents=None if latents is None else _latents(latents, batch),
+        output_type=output_type,
+    )
+
+
+def refuse_unused(arguments, defaults, why):
+    """Raises ConfigError naming the first argument that differs from its default."""
+    for name, value in arguments.items():
+        default = defaults[name]
+        if value is default or (isinstance(value, (int, float)) and value == default):
+            continue
+        raise ConfigError(f"`{name}` has no effect here: {why}", name, "leave it out")
+
+
+def _texts(texts, name):
+    texts = [texts] if isinstance(texts, str) else texts
+    if not isinstance(texts, (list, tuple)):
+        raise ConfigError(f"expected a text or a list of texts, got {type(texts).__name__}", name)
+    if not texts:
+        raise ConfigError("the list is empty", name, "give at least one text")
+    for n, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ConfigError(f"entry {n} is a {type(text).__name__}, expected a text", name)
+        if len(text) > MAX_PROMPT:
+            raise ConfigError(
+                f"entry {n} has {len(text)} characters, at most {MAX_PROMPT}", name, "shorten it"
+            )
+    return list(texts)
+
+
+def _negatives(negative, count):
+    if negative is None:
+        return None
+    texts = _texts(negative, "negative_prompt")
+    if isinstance(negative, str):
+        return texts * count
+    if len(texts) != count:
+        raise ConfigError(
+            f"{len(texts)} negative prompts for {count} prompts",
+            "negative_prompt",
+            "give one text for all of them or one a prompt",
+        )
+    return texts
+
+
+def _integer(value, name, low, high):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ConfigError(f"expected a whole number, got {value!r}", name)
+    if not low <= value <= high:
+        raise ConfigError(f"expected {low} to {high}, got {value}", name)
+    return int(value)
+
+
+def _guidance(value):
+    ok = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not ok or not math.isfinite(value) or value < 0:
+        raise ConfigError(f"expected a number of 0 or more, got {value!r}", "guidance_scale")
+    return float(value)
+
+
+def _seeds(seed, batch):
+    """uint32 seeds and indices, one an image."""
+    if not isinstance(seed, (list, tuple)):
+        pairs = [(seed, n) for n in range(batch)]
+    else:
+        pairs = [s if isinstance(s, (list, tuple)) and len(s) == 2 else (s, 0) for s in seed]
+        if len(pairs) != batch:
+            raise ConfigError(
+                f"{len(pairs)} seeds for {batch} images", "seed", "give one number or one an image"
+            )
+    limit = 2**32 - 1
+    checked = [(_integer(s, "seed", 0, limit), _integer(n, "seed", 0, limit)) for s, n in pairs]
+    seeds, indices = np.array(checked, np.uint32).T
+    return seeds, indices
+
+
+def _latents(latents, batch):
+    try:
+        latents = np.asarray(latents, np.float32)
+    except (TypeError, ValueError):
+        raise ConfigError("expected an array [B,h,w,C]", "latents") from None
+    if latents.ndim != 4 or latents.shape[0] != batch:
+        raise ConfigError(f"expected [{batch},h,w,C], got {list(latents.shape)}", "latents")
+    if not np.isfinite(latents).all():
+        raise ConfigError("the latents are not all finite", "latents")
+    return latents

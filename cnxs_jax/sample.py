@@ -1,0 +1,102 @@
+"""Text to PNG: `python -m cnxs_jax.sample --prompt="a red fox, flat style" --out=fox.png`.
+
+Arguments are read and checked before jax is imported, so mistakes and `--help` are quick.
+"""
+
+import argparse
+import math
+import os
+import pathlib
+import sys
+
+from cnxs_jax import __version__
+from cnxs_jax.errors import ConfigError, run_main
+
+DEFAULT_MODEL = pathlib.Path(__file__).parent / "assets" / "pixart_tiny"
+MAX_IMAGES = 64
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ConfigError(message, "command line", "python -m cnxs_jax.sample --help")
+
+
+def parse(argv=None):
+    """The checked command line; raises ConfigError, imports nothing heavy."""
+    parser = _Parser(prog="python -m cnxs_jax.sample", description=__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add("--model", default=str(DEFAULT_MODEL), help="diffusers pipeline directory or hub id")
+    add("--prompt", required=True, help="what to draw")
+    add("--negative_prompt", help="what not to draw (needs guidance)")
+    add("--out", required=True, help="PNG to write; several images become NAME_0.png, NAME_1.png")
+    add("--seed", type=int, default=0, help="same seed, same picture (default 0)")
+    add("--steps", type=int, help="network evaluations per image (default: the model's)")
+    add("--guidance", type=float, help="guidance scale; 1 or less is off (default: the model's)")
+    add("--num_images", type=int, default=1, help="pictures of the same prompt (default 1)")
+    add("--height", type=int, help="pixels (default: the model's)")
+    add("--width", type=int, help="pixels (default: the model's)")
+    add("--scheduler", help="ddim, ddpm, euler, dpmpp, deis or lcm (default: the model's)")
+    add("--dtype", help="float32 or bfloat16 (default: float32)")
+    add("--version", action="version", version=__version__)
+    args = parser.parse_args(argv)
+    _check(args)
+    return args
+
+
+def _check(args):
+    if not args.prompt.strip():
+        raise ConfigError("the prompt is empty", "--prompt", "say what to draw")
+    out = pathlib.Path(args.out)
+    if out.suffix.lower() != ".png":
+        raise ConfigError(f"{args.out!r} does not end in .png", "--out")
+    folder = out.parent
+    if folder.exists() and not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise ConfigError(f"cannot write into {folder}", "--out")
+    if out.is_dir():
+        raise ConfigError(f"{out} is a directory", "--out")
+    if not 1 <= args.num_images <= MAX_IMAGES:
+        raise ConfigError(f"expected 1 to {MAX_IMAGES}, got {args.num_images}", "--num_images")
+    if not 0 <= args.seed < 2**32:
+        raise ConfigError(f"expected 0 to 2**32 - 1, got {args.seed}", "--seed")
+    for name in ("steps", "height", "width"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"expected a positive number, got {value}", f"--{name}")
+    if args.guidance is not None and not (math.isfinite(args.guidance) and args.guidance >= 0):
+        raise ConfigError(f"expected a number of 0 or more, got {args.guidance}", "--guidance")
+
+
+def main(argv=None):
+    """Parses, samples, writes; returns the exit code."""
+    args = parse(argv)
+    from cnxs_jax.pipelines.images import save_png
+    from cnxs_jax.pipelines.pipeline import load_pipeline
+
+    pipe = load_pipeline(args.model, scheduler=args.scheduler, dtype=args.dtype)
+    result = pipe(
+        args.prompt,
+        negative_prompt=args.negative_prompt,
+        num_inference_steps=args.steps,
+        guidance_scale=args.guidance,
+        height=args.height,
+        width=args.width,
+        num_images_per_prompt=args.num_images,
+        seed=args.seed,
+    )
+    for path, image, parameters in zip(
+        _paths(args.out, len(result.images)), result.images, result.parameters, strict=True
+    ):
+        save_png(image, path, {**parameters, "model": args.model, "version": __version__})
+        print(path)
+    return 0
+
+
+def _paths(out, count):
+    out = pathlib.Path(out)
+    if count == 1:
+        return [out]
+    return [out.with_name(f"{out.stem}_{n}{out.suffix}") for n in range(count)]
+
+
+if __name__ == "__main__":
+    run_main(main, sys.argv[1:])

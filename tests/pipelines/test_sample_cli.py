@@ -1,0 +1,80 @@
+"""The sample command: mistakes end early with one message and the documented exit code."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from cnxs_jax import sample
+from cnxs_jax.errors import ConfigError
+
+GOOD = ["--prompt=a fox", "--out=x.png"]
+BAD = [
+    [],
+    ["--prompt=a fox"],
+    ["--out=x.png"],
+    ["--prompt=", "--out=x.png"],
+    ["--prompt=  ", "--out=x.png"],
+    ["--prompt=a", "--out=x.jpg"],
+    ["--prompt=a", "--out=x"],
+    [*GOOD, "--promt=b"],
+    [*GOOD, "--step=3"],
+    [*GOOD, "--steps=0"],
+    [*GOOD, "--steps=-4"],
+    [*GOOD, "--steps=4.5"],
+    [*GOOD, "--seed=-1"],
+    [*GOOD, "--seed=4294967296"],
+    [*GOOD, "--seed=x"],
+    [*GOOD, "--guidance=nan"],
+    [*GOOD, "--guidance=-1"],
+    [*GOOD, "--guidance=inf"],
+    [*GOOD, "--num_images=0"],
+    [*GOOD, "--num_images=65"],
+    [*GOOD, "--height=0"],
+    [*GOOD, "--width=-8"],
+    [*GOOD, "stray"],
+]
+
+
+@pytest.mark.parametrize("arguments", BAD, ids=" ".join)
+def test_bad_arguments(arguments):
+    with pytest.raises(ConfigError) as caught:
+        sample.parse(arguments)
+    assert caught.value.code == 2
+    assert caught.value.where
+
+
+def test_out_must_be_writable_as_a_file(tmp_path):
+    (tmp_path / "dir.png").mkdir()
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "dir.png", tmp_path / "file" / "x.png"):
+        with pytest.raises(ConfigError) as caught:
+            sample.parse(["--prompt=a", f"--out={out}"])
+        assert caught.value.where == "--out"
+
+
+def _run(*arguments):
+    command = [sys.executable, "-X", "importtime", "-m", "cnxs_jax.sample", *arguments]
+    start = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True)
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if "|" in line}
+    message = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    return done, imported, message, time.monotonic() - start
+
+
+def test_help_and_mistakes_do_not_import_jax():
+    for arguments, code in ((["--help"], 0), ([*GOOD, "--steps=0"], 2)):
+        done, imported, message, seconds = _run(*arguments)
+        assert done.returncode == code, done.stderr[-500:]
+        assert "argparse" in imported
+        assert not {"jax", "numpy", "transformers", "torch"} & imported
+        assert seconds < 10
+    assert message == ["error: expected a positive number, got 0 [--steps]"]
+    assert "Traceback" not in done.stderr
+
+
+def test_several_images_get_numbers(tmp_path):
+    one, two = sample._paths(tmp_path / "a.b.png", 2)
+    assert (one.name, two.name) == ("a.b_0.png", "a.b_1.png")
+    assert sample._paths(tmp_path / "a.png", 1) == [tmp_path / "a.png"]
