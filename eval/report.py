@@ -1,0 +1,144 @@
+"""Reports for people and machines: `report.json`, `report.md` (pictures first) and its PNGs.
+
+Shared by `python -m train` and `python -m eval`. A row is a flat dict; a figure with an interval is
+`{"value": v, "low": l, "high": h}`; what was not run is the string "not run (why)".
+"""
+
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+
+from cnxs_jax.errors import DataError
+
+DIRECTORY = "pictures"
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A PNG of the report.
+
+    Attributes:
+        name: file name without suffix.
+        image: uint8 array `[H, W, 3]` or a PIL image.
+        caption: one sentence that says what is seen.
+    """
+
+    name: str
+    image: object
+    caption: str
+
+
+def write_report(workdir, rows, pictures=(), *, title="Report", summary=None, notes=()):
+    """Writes `report.json`, `report.md` and `pictures/*.png` under `workdir`, each atomically.
+
+    Args:
+        workdir: directory, made if missing.
+        rows: list of flat dicts, one a row of the table; the columns are the union of the keys in
+            order of first appearance.
+        pictures: `Picture`s, shown first and in this order.
+        title: heading.
+        summary: dict of single figures (training cost, settings), kept in JSON and printed.
+        notes: sentences printed below the table.
+
+    Returns:
+        the path of `report.md`.
+
+    Raises:
+        DataError: a row that is no dict, or two pictures of one name.
+    """
+    workdir = Path(workdir)
+    if not all(isinstance(r, dict) for r in rows):
+        raise DataError("every row of a report is a dict of figures", "write_report")
+    names = [p.name for p in pictures]
+    if len(set(names)) < len(names):
+        raise DataError(f"two pictures share a name: {sorted(names)}", "write_report")
+    (workdir / DIRECTORY).mkdir(parents=True, exist_ok=True)
+    for picture in pictures:
+        _save_png(workdir / DIRECTORY / f"{picture.name}.png", picture.image)
+    files = [{"file": f"{DIRECTORY}/{p.name}.png", "caption": p.caption} for p in pictures]
+    content = {
+        "title": title,
+        "summary": summary or {},
+        "rows": list(rows),
+        "pictures": files,
+        "notes": list(notes),
+    }
+    write_json(workdir / "report.json", content)
+    write_text(workdir / "report.md", _markdown(content))
+    return workdir / "report.md"
+
+
+def write_json(path, content):
+    """JSON with numpy values turned into numbers and non-finite ones into null, atomically."""
+    write_text(path, json.dumps(_plain(content), indent=1) + "\n")
+
+
+def write_text(path, text):
+    """Writes to a neighbour first: a reader, or a run that is killed, never sees half a file."""
+    temporary = Path(f"{path}.tmp{os.getpid()}")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def table(rows):
+    """A markdown table of dict rows; figures with three significant digits, intervals in []."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = ["| " + " | ".join(columns) + " |"]
+    lines.append("|" + "|".join(" --- " for _ in columns) + "|")
+    for row in rows:
+        lines.append("| " + " | ".join(_cell(row.get(c)) for c in columns) + " |")
+    return "\n".join(lines)
+
+
+def _cell(value):
+    if value is None:
+        return "-"
+    if isinstance(value, dict):
+        if "low" not in value:
+            return _cell(value.get("value"))
+        return f"{_cell(value['value'])} [{_cell(value['low'])}, {_cell(value['high'])}]"
+    if isinstance(value, float | np.floating):
+        return "-" if not math.isfinite(value) else f"{value:#.3g}".rstrip(".")
+    return str(value).replace("|", "\\|")
+
+
+def _plain(value):
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+def _markdown(content):
+    parts = [f"# {content['title']}"]
+    parts += [f"{p['caption']}\n\n![{p['caption']}]({p['file']})" for p in content["pictures"]]
+    if content["rows"]:
+        parts.append(table(content["rows"]))
+    parts += content["notes"]
+    if content["summary"]:
+        parts.append("\n".join(f"- {k}: {_cell(v)}" for k, v in content["summary"].items()))
+    return "\n\n".join(parts) + "\n"
+
+
+def _save_png(path, image):
+    from PIL import Image
+
+    if not isinstance(image, Image.Image):
+        image = np.asarray(image)
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+            raise DataError(
+                f"a picture is uint8 [H, W, 3], got {image.dtype} {image.shape}", path.name
+            )
+        image = Image.fromarray(image)
+    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    image.save(temporary, format="PNG", optimize=True)
+    temporary.replace(path)
