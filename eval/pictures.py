@@ -56,13 +56,13 @@ def sample_grid(columns, captions, tile=128):
     return canvas
 
 
-def quality_plot(rows, metrics, reference=None):
+def quality_plot(rows, metrics, references=()):
     """Quality against network evaluations: one panel a metric, one line a method.
 
     Args:
         rows: dicts with `method` (the line), `evaluations` and the metrics, as in a report.
         metrics: {row key: axis label}.
-        reference: name of the method drawn as a horizontal line (the teacher at many steps).
+        references: methods drawn as horizontal lines (the teacher at many steps).
 
     Returns:
         a PIL image, or None where no row has any of the metrics.
@@ -82,10 +82,10 @@ def quality_plot(rows, metrics, reference=None):
     for axis, (metric, label) in zip(axes[0], metrics.items(), strict=True):
         for index, method in enumerate(methods):
             _line(
-                axis, [r for r in rows if r["method"] == method], metric, method, index, reference
+                axis, [r for r in rows if r["method"] == method], metric, method, index, references
             )
         axis.set_xscale("log", base=2)
-        ticks = sorted({r["evaluations"] for r in rows if r["method"] != reference})
+        ticks = sorted({r["evaluations"] for r in rows if r["method"] not in references})
         axis.set_xticks(ticks, [str(t) for t in ticks])
         axis.set_xlabel("network evaluations an image")
         axis.set_title(label)
@@ -95,14 +95,15 @@ def quality_plot(rows, metrics, reference=None):
     return _to_image(figure, plt)
 
 
-def _line(axis, rows, metric, method, index, reference):
+def _line(axis, rows, metric, method, index, references):
     points = [(r["evaluations"], _value(r, metric), r[metric]) for r in rows]
     points = sorted((p for p in points if p[1] is not None), key=lambda p: p[0])
     if not points:
         return
     x, y = [p[0] for p in points], [p[1] for p in points]
-    if method == reference:
-        axis.axhline(y[-1], color="black", linestyle="--", label=f"{method} ({x[-1]})")
+    if method in references:
+        style = ("--", ":")[list(references).index(method) % 2]
+        axis.axhline(y[-1], color="black", linestyle=style, label=f"{method} ({x[-1]} evaluations)")
         return
     below = [v - _bound(p[2], "low", v) for v, p in zip(y, points, strict=True)]
     above = [_bound(p[2], "high", v) - v for v, p in zip(y, points, strict=True)]

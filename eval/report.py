@@ -1,7 +1,8 @@
 """Reports for people and machines: `report.json`, `report.md` (pictures first) and its PNGs.
 
 Shared by `python -m train` and `python -m eval`. A row is a flat dict; a figure with an interval is
-`{"value": v, "low": l, "high": h}`; what was not run is the string "not run (why)".
+`{"value": v, "low": l, "high": h}`, with `chance` where that has a meaning; what was not run is the
+string "not run (why)".
 """
 
 import dataclasses
@@ -98,11 +99,13 @@ def _cell(value):
     if value is None:
         return "-"
     if isinstance(value, dict):
-        if "low" not in value:
-            return _cell(value.get("value"))
-        return f"{_cell(value['value'])} [{_cell(value['low'])}, {_cell(value['high'])}]"
+        text = _cell(value.get("value"))
+        if "low" in value:
+            text += f" [{_cell(value['low'])}, {_cell(value['high'])}]"
+        return text + (f" *chance {_cell(value['chance'])}*" if "chance" in value else "")
     if isinstance(value, float | np.floating):
-        return "-" if not math.isfinite(value) else f"{value:#.3g}".rstrip(".")
+        small = 0 < abs(value) < 1e-3
+        return "-" if not math.isfinite(value) else f"{value:.1e}" if small else f"{value:.3g}"
     return str(value).replace("|", "\\|")
 
 

@@ -205,7 +205,7 @@ def training_batch(world, step, batch_size):
     return np.stack([s["image"] for s in scenes]), target
 
 
-def fit(directory, num_steps=2500, batch_size=32, log=print):
+def fit(directory, num_steps=2400, batch_size=16, log=print):
     """Fits the checker of the default world on real scenes and writes it to `directory`."""
     world, begin = emoji_scenes.world(), time.time()
     sample = functools.partial(training_batch, world, batch_size=batch_size)
@@ -251,7 +251,7 @@ def main(argv=None):
     parser.add_argument("--fit", action="store_true", help="fit the checker on real scenes")
     parser.add_argument("--check", action="store_true", help="accuracy on ground-truth scenes")
     parser.add_argument("--directory", type=Path, default=CHECKER)
-    parser.add_argument("--num_steps", type=int, default=2500)
+    parser.add_argument("--num_steps", type=int, default=2400)
     args = parser.parse_args(argv)
     if not (args.fit or args.check):
         raise errors.ConfigError("nothing to do", "arguments", "give --fit, --check or both")

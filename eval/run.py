@@ -1,0 +1,302 @@
+"""The evaluation: makes each row's pictures once, measures them all, writes the report.
+
+The heart is independent of models: `evaluate(generate, ...)` takes any
+`generate(row, captions, seeds) -> uint8 [N, H, W, 3]`. Pictures are kept a row, so a run that was
+stopped goes on where it was, and metrics can be added without drawing again.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+import cnxs_jax
+from cnxs_jax.errors import CheckpointError, ConfigError, DataError, did_you_mean
+from eval import pictures, plan, report
+from eval.metrics import agreement, features, scene_accuracy
+from eval.metrics.kid import kid
+
+METRICS = ("scene_accuracy", "kid", "agreement")
+SHOWN = 8  # prompts in the picture grid
+REAL_SEED = 1  # the real scenes that KID compares with; prompts come from seed 0
+ACCURACY = ("objects", "style", "background", "relation", "all_correct")
+PLOTTED = {
+    "objects": "objects found",
+    "all_correct": "all correct",
+    "kid_efflite0": "KID (EfficientNet-Lite0), lower is better",
+    "sharpness": "sharpness (1 = real scenes)",
+}
+
+
+def check_metrics(metrics):
+    """The metrics asked for, as a tuple; ConfigError names an unknown one."""
+    for name in metrics:
+        if name not in METRICS:
+            raise ConfigError(
+                f"unknown metric {name!r}.{did_you_mean(name, METRICS)}",
+                "--metrics",
+                f"one or more of {','.join(METRICS)}",
+            )
+    return tuple(metrics)
+
+
+def pipeline_generator(pipelines, guidance_scale=None, batch_size=64):
+    """`generate(row, captions, seeds)` over pipelines.
+
+    Args:
+        pipelines: {"teacher": pipe, "student": pipe}, from `cnxs_jax.load_pipeline`.
+        guidance_scale: of guided rows; None is the pipeline's own default.
+        batch_size: pictures a call; short batches are padded, so that one shape compiles.
+    """
+
+    def generate(row, captions, seeds):
+        pipe = pipelines[row.model]
+        pipe = pipe.replace(scheduler=row.scheduler) if row.scheduler else pipe
+        out = []
+        for start in range(0, len(captions), batch_size):
+            texts = list(captions[start : start + batch_size])
+            spots = list(seeds[start : start + batch_size])
+            missing = min(batch_size, len(captions)) - len(texts)
+            result = pipe(
+                texts + texts[-1:] * missing,
+                num_inference_steps=row.steps,
+                guidance_scale=guidance_scale if row.guided else 0.0,
+                seed=spots + spots[-1:] * missing,
+                output_type="np",
+            )
+            out.append(to_uint8(result.images[: len(texts)]))
+        return np.concatenate(out)
+
+    return generate
+
+
+def to_uint8(images):
+    """float [0, 1] to the nearest of 256 levels."""
+    return np.round(np.clip(np.asarray(images, np.float32), 0, 1) * 255).astype(np.uint8)
+
+
+def cached(generate, directory, identity, seed=0, log=print):
+    """`make(row, prompts)` that keeps each row's pictures of each split in `directory`.
+
+    A file made by other weights, prompts or seeds is drawn again: `identity` and the prompts are
+    part of its fingerprint. Noise of prompt n is image n of `seed` in every row.
+    """
+    directory = Path(directory)
+
+    def make(row, prompts):
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / f"{row.slug}_{prompts.split}.npz"
+        key = json.dumps([identity, repr(row), prompts.captions, seed])
+        print_ = hashlib.sha256(key.encode()).hexdigest()
+        images = _read_pictures(path, print_)
+        if images is None:
+            log(f"{row.method}, {row.steps} steps: {len(prompts.captions)} pictures")
+            seeds = [(seed, n) for n in range(len(prompts.captions))]
+            images = generate(row, prompts.captions, seeds)
+            temporary = path.with_name(f".{path.name}.tmp{os.getpid()}.npz")
+            np.savez(temporary, images=images, fingerprint=np.array(print_))
+            temporary.replace(path)
+        return images
+
+    return make
+
+
+def _read_pictures(path, fingerprint):
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            return data["images"] if str(data["fingerprint"]) == fingerprint else None
+    except (OSError, KeyError, ValueError, EOFError):
+        return None
+
+
+def evaluate(make, rows, sets, real, metrics=METRICS, read=None, extract=None):
+    """Measures all rows.
+
+    Args:
+        make: `make(row, prompts) -> uint8 images`, such as `cached(...)`.
+        rows: `plan.Row`s; the first one is the reference for the agreement.
+        sets: {"test": Prompts, ...}; every split but "test" gives accuracy columns of its own.
+        real: uint8 `[M, H, W, 3]` real scenes other than the prompts'.
+        metrics: of METRICS.
+        read: scene checker, `scene_accuracy.load_checker()` by default.
+        extract: feature extractor; None where its weights are not installed: KID "not run".
+
+    Returns:
+        list of report rows; the first is the test prompts' own real scenes, the metrics' ceiling.
+    """
+    if not len(real) or "test" not in sets:
+        raise DataError("an evaluation needs real scenes and a test set", "eval")
+    metrics = check_metrics(metrics)
+    accurate = {"scene_accuracy", "agreement"} & set(metrics)
+    read = scene_accuracy.load_checker() if accurate and read is None else read
+    real_features = extract(real) if extract and "kid" in metrics else None
+    reference, table = None, []
+    for row in [None, *rows]:
+        pictures_of = {n: p.images if row is None else make(row, p) for n, p in sets.items()}
+        images, prompts = pictures_of["test"], sets["test"]
+        line = {"method": "real scenes" if row is None else row.method}
+        line |= {"steps": row and row.steps, "evaluations": row.evaluations if row else None}
+        verdicts = None
+        if accurate:
+            figures, verdicts = scene_accuracy.score(read, images, prompts.facts)
+        if "scene_accuracy" in metrics:
+            line |= {k: figures[k] for k in (*ACCURACY, "extra_objects") if k in figures}
+            for split, images_of_split in pictures_of.items():
+                if split != "test":
+                    line |= _split_figures(read, images_of_split, sets[split])
+        if "kid" in metrics:
+            line["kid_efflite0"] = _kid(extract, images, real_features)
+        if "agreement" in metrics:
+            line["sharpness"] = agreement.sharpness(images, real)
+            if row is not None:
+                reference = reference or (images, verdicts)
+                line |= agreement.pixel_agreement(images, reference[0])
+                line["same_verdicts"] = agreement.verdict_agreement(verdicts, reference[1])
+        table.append(line)
+    return table
+
+
+def _kid(extract, images, real_features):
+    if extract is None:
+        return f"not run ({features.INSTALL})"
+    return kid(extract(images), real_features).as_dict()
+
+
+def _split_figures(read, images, prompts):
+    """Columns of a held-out split; of pairs, only the held-out object itself and its style."""
+    figures, verdicts = scene_accuracy.score(read, images, prompts.facts)
+    if prompts.split == "heldout_pairs":
+        rows = [
+            {"object 0": v[f"object {f['concepts'].index(c)}"], "style": v["style"]}
+            for v, f, c in zip(verdicts, prompts.facts, prompts.heldout, strict=True)
+        ]
+        own = scene_accuracy.summarise(rows)
+        return {
+            "held-out pair: object": own["objects"],
+            "held-out pair: style": own["style"],
+            "held-out pair: all correct": figures["all_correct"],
+        }
+    if prompts.split == "heldout_relations":
+        return {
+            "held-out relation": figures["relation"],
+            "held-out relation: all correct": figures["all_correct"],
+        }
+    return {f"{prompts.split}: all correct": figures["all_correct"]}
+
+
+def write(workdir, table, rows, make, prompts, notes=(), title="Evaluation"):
+    """`report.md`, `report.json` and the pictures: samples side by side, then the curves."""
+    columns = [("real scene\nfor the prompt", prompts.images[:SHOWN])]
+    head = plan.Prompts(*(v if isinstance(v, str) else v[:SHOWN] for v in vars(prompts).values()))
+    for row in shown_rows(rows):
+        heading = f"{row.method.split(',')[0]}\n{row.steps} steps"
+        heading += f"\n{row.evaluations} evaluation" + "s" * (row.evaluations > 1)
+        columns.append((heading, make(row, prompts)[:SHOWN]))
+    grid = pictures.sample_grid(columns, head.captions)
+    made = [
+        report.Picture("samples", grid, "The same prompts and the same noise, by method and steps.")
+    ]
+    references = [r.method for r in rows if r.steps == max(x.steps for x in rows)]
+    curves = pictures.quality_plot(
+        [line for line in table if line["evaluations"]], PLOTTED, references
+    )
+    if curves is not None:
+        made.append(
+            report.Picture(
+                "quality", curves, "Quality against network evaluations, with 95 % intervals."
+            )
+        )
+    return report.write_report(workdir, table, made, title=title, notes=notes)
+
+
+def shown_rows(rows):
+    """Columns of the picture grid: the reference, the teacher with 4 evaluations, the student."""
+    teacher = [r for r in rows if r.model == "teacher"]
+    few = [r for r in teacher if r.evaluations == 4]
+    return [*teacher[:1], *few, *(r for r in rows if r.model == "student")]
+
+
+def notes(num_prompts, num_real, guidance_scale):
+    """The sentences below the table."""
+    scale = "the pipeline's default" if guidance_scale is None else f"{guidance_scale:g}"
+    out = [
+        f"{num_prompts} held-out prompts, the same noise in every row; guidance scale {scale}. "
+        "An evaluation is one pass of one picture through the network: a guided step needs two. "
+        "In brackets: 95 % intervals; *chance* is the same figure with the prompts shuffled among "
+        "the pictures.",
+        f"KID (cubic kernel, EfficientNet-Lite0 features at 128 px) is against {num_real} real "
+        "scenes of the test split; it is unbiased, so that it may be negative. Agreement (rmse, "
+        "psnr, same_verdicts) is with the first generated row. Sharpness is gradient energy "
+        "relative to real scenes.",
+    ]
+    if num_prompts < 1000:
+        out.append(f"KID of {num_prompts} pictures: fewer than the 1000 that a claim needs.")
+    return out
+
+
+def identity(directory):
+    """Hash of a pipeline directory: every file's name and content."""
+    directory = Path(directory)
+    files = sorted(p for p in directory.rglob("*") if p.is_file())
+    if not (directory / "model_index.json").is_file():
+        raise CheckpointError(
+            "no pipeline there (no model_index.json)",
+            directory,
+            "give a diffusers pipeline directory, or --workdir of a finished training run",
+        )
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(str(path.relative_to(directory)).encode())
+        with path.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def directories(config, workdir, teacher=None, student=None):
+    """{"teacher": directory, "student": directory}; no student where the run trained a teacher."""
+    assets = Path(cnxs_jax.__file__).parent / "assets"
+    export = str(Path(workdir) / "export")
+    if teacher is None and config.get("teacher_path"):
+        teacher = config.teacher_path.replace("{assets}", str(assets))
+        teacher = teacher.replace("{workdir}", str(workdir))
+        student = student or export
+    found = {"teacher": teacher or export, "student": student}
+    return {name: path for name, path in found.items() if path}
+
+
+def main(config, workdir, *, metrics=METRICS, num_prompts=512, num_real=2000, steps=(1, 2, 4, 8),
+         reference_steps=50, guidance_scale=None, teacher=None, student=None, batch_size=64,
+         seed=0):  # fmt: skip
+    """Evaluates a run; see `python -m eval --help`. Returns the path of the report.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: before any device work where possible.
+    """
+    from cnxs_jax.data import emoji_scenes
+
+    metrics = check_metrics(metrics)
+    places = directories(config, workdir, teacher, student)
+    rows = plan.rows(steps, reference_steps, "student" in places)
+    world = emoji_scenes.world()
+    sets = {"test": plan.prompts(world, "test", num_prompts, seed)}
+    for split in ("heldout_pairs", "heldout_relations"):
+        sets[split] = plan.prompts(world, split, max(num_prompts // 4, 1), seed)
+    real = plan.prompts(world, "test", num_real, seed + REAL_SEED).images
+    who = {name: identity(path) for name, path in places.items()}
+    if guidance_scale is None and "objective" in config and "omega" in config.objective:
+        guidance_scale = 1.0 + config.objective.omega  # the (1 + omega) form of the LCM papers
+    pipes = {name: cnxs_jax.load_pipeline(path) for name, path in places.items()}
+    out = Path(workdir) / "eval"
+    generate = pipeline_generator(pipes, guidance_scale, batch_size)
+    make = cached(generate, out / "rows", [who, guidance_scale], seed)
+    wanted = "kid" in metrics and features.weights_path() is not None
+    table = evaluate(
+        make, rows, sets, real, metrics, extract=features.extractor() if wanted else None
+    )
+    sentences = notes(num_prompts, num_real, guidance_scale)
+    path = write(out, table, rows, make, sets["test"], sentences)
+    print(report.table(table))
+    print(path)
+    return path
