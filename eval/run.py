@@ -8,6 +8,8 @@ stopped goes on where it was, and metrics can be added without drawing again.
 import hashlib
 import json
 import os
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -107,7 +109,7 @@ def _read_pictures(path, fingerprint):
     try:
         with np.load(path, allow_pickle=False) as data:
             return data["images"] if str(data["fingerprint"]) == fingerprint else None
-    except (OSError, KeyError, ValueError, EOFError):
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
         return None
 
 
