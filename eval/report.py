@@ -33,7 +33,7 @@ class Picture:
     caption: str
 
 
-def write_report(workdir, rows, pictures=(), *, title="Report", summary=None, notes=()):
+def write_report(workdir, rows, pictures=(), *, title="Report", summary=None, notes=(), groups=()):
     """Writes `report.json`, `report.md` and `pictures/*.png` under `workdir`, each atomically.
 
     Args:
@@ -44,6 +44,8 @@ def write_report(workdir, rows, pictures=(), *, title="Report", summary=None, no
         title: heading.
         summary: dict of single figures (training cost, settings), kept in JSON and printed.
         notes: sentences printed below the table.
+        groups: tuples of column names, one table each, so that wide rows stay readable; columns in
+            no group come in a last table. Without groups there is one table.
 
     Returns:
         the path of `report.md`.
@@ -69,7 +71,7 @@ def write_report(workdir, rows, pictures=(), *, title="Report", summary=None, no
         "notes": list(notes),
     }
     write_json(workdir / "report.json", content)
-    write_text(workdir / "report.md", _markdown(content))
+    write_text(workdir / "report.md", _markdown(content, groups))
     return workdir / "report.md"
 
 
@@ -85,9 +87,24 @@ def write_text(path, text):
     temporary.replace(path)
 
 
-def table(rows):
+def columns_of(rows):
+    """The union of the rows' keys in order of first appearance."""
+    return list(dict.fromkeys(key for row in rows for key in row))
+
+
+def _split(rows, groups):
+    """The columns of each table: those of `groups` that carry figures, then all others."""
+    every, common = columns_of(rows), set.intersection(*map(set, groups)) if groups else set()
+    tables = [[c for c in group if c in every] for group in groups]
+    tables = [t for t in tables if set(t) - common]
+    rest = [c for c in every if not any(c in group for group in groups)]
+    lead = [c for c in every if c in common]
+    return [*tables, [*lead, *rest]] if rest or not tables else tables
+
+
+def table(rows, columns=None):
     """A markdown table of dict rows; figures with three significant digits, intervals in []."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    columns = columns_of(rows) if columns is None else columns
     lines = ["| " + " | ".join(columns) + " |"]
     lines.append("|" + "|".join(" --- " for _ in columns) + "|")
     for row in rows:
@@ -121,11 +138,11 @@ def _plain(value):
     return str(value) if isinstance(value, Path) else value
 
 
-def _markdown(content):
+def _markdown(content, groups):
     parts = [f"# {content['title']}"]
     parts += [f"{p['caption']}\n\n![{p['caption']}]({p['file']})" for p in content["pictures"]]
     if content["rows"]:
-        parts.append(table(content["rows"]))
+        parts += [table(content["rows"], columns) for columns in _split(content["rows"], groups)]
     parts += content["notes"]
     if content["summary"]:
         parts.append("\n".join(f"- {k}: {_cell(v)}" for k, v in content["summary"].items()))

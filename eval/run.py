@@ -24,6 +24,14 @@ METRICS = ("scene_accuracy", "kid", "agreement")
 SHOWN = 8  # prompts in the picture grid
 REAL_SEED = 1  # the real scenes that KID compares with; prompts come from seed 0
 ACCURACY = ("objects", "style", "background", "relation", "all_correct")
+# The report's tables; columns that are named nowhere come last.
+LEAD = ("method", "steps", "evaluations")
+GROUPS = (
+    (*LEAD, *ACCURACY, "extra_objects"),
+    (*LEAD, "kid_efflite0", "sharpness", "rmse", "psnr", "same_verdicts"),
+    (*LEAD, "held-out pair: object", "held-out pair: style", "held-out pair: all correct"),
+    (*LEAD, "held-out relation", "held-out relation: all correct"),
+)
 PLOTTED = {
     "objects": "objects found",
     "all_correct": "all correct",
@@ -190,12 +198,10 @@ def _split_figures(read, images, prompts):
 
 def write(workdir, table, rows, make, prompts, notes=(), title="Evaluation"):
     """`report.md`, `report.json` and the pictures: samples side by side, then the curves."""
-    columns = [("real scene\nfor the prompt", prompts.images[:SHOWN])]
+    columns = [("a real scene\nfor the prompt", prompts.images[:SHOWN])]
     head = plan.Prompts(*(v if isinstance(v, str) else v[:SHOWN] for v in vars(prompts).values()))
     for row in shown_rows(rows):
-        heading = f"{row.method.split(',')[0]}\n{row.steps} steps"
-        heading += f"\n{row.evaluations} evaluation" + "s" * (row.evaluations > 1)
-        columns.append((heading, make(row, prompts)[:SHOWN]))
+        columns.append((_heading(row), make(row, prompts)[:SHOWN]))
     grid = pictures.sample_grid(columns, head.captions)
     made = [
         report.Picture("samples", grid, "The same prompts and the same noise, by method and steps.")
@@ -210,7 +216,14 @@ def write(workdir, table, rows, make, prompts, notes=(), title="Evaluation"):
                 "quality", curves, "Quality against network evaluations, with 95 % intervals."
             )
         )
-    return report.write_report(workdir, table, made, title=title, notes=notes)
+    return report.write_report(workdir, table, made, title=title, notes=notes, groups=GROUPS)
+
+
+def _heading(row):
+    solver = row.method.removeprefix(row.model).split(",")[0].strip() or "consistency"
+    steps = f"{row.steps} {'guided ' * row.guided}step{'s' * (row.steps > 1)}"
+    evaluations = f"{row.evaluations} evaluation{'s' * (row.evaluations > 1)}"
+    return "\n".join((row.model, solver, steps, evaluations))
 
 
 def shown_rows(rows):

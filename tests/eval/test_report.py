@@ -36,6 +36,14 @@ def test_report_is_written_for_people_and_machines(tmp_path):
     assert not list(made.parent.rglob("*.tmp*"))
 
 
+def test_wide_rows_are_split_and_nothing_is_lost(tmp_path):
+    rows = [{"method": "a", "x": 1, "y": 2, "z": 3}]
+    groups = (("method", "x"), ("method", "absent"), ("method", "y"))
+    text = report.write_report(tmp_path, rows, groups=groups).read_text()
+    heads = [line for line in text.splitlines() if line.startswith("| method")]
+    assert heads == ["| method | x |", "| method | y |", "| method | z |"]
+
+
 def test_reports_refuse_what_they_cannot_show(tmp_path):
     field = np.zeros((4, 4, 3), np.uint8)
     twice = [report.Picture("a", field, ""), report.Picture("a", field, "")]
