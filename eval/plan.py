@@ -45,23 +45,23 @@ def reference_name(solver, steps):
     return f"teacher {solver}, {steps} guided steps"
 
 
-def rows(steps=(1, 2, 4, 8), reference_steps=50, student=True):
+def rows(steps=(1, 2, 4, 8), reference_steps=50, student=True, solvers=tuple(SCHEDULERS)):
     """The comparison: the teacher at its best, with the student's budget, and the student.
 
     For N network evaluations the teacher runs N unguided steps and N / 2 guided ones (N even), with
-    both solvers, so that no row is favoured by what it spends.
+    each of `solvers`, so that no row is favoured by what it spends.
 
     Raises:
         ConfigError: steps that are no positive integers.
     """
     if not steps or any(not isinstance(n, int) or n < 1 for n in (*steps, reference_steps)):
         raise ConfigError(f"steps must be positive integers, got {steps}", "--steps", "1,2,4,8")
-    steps = sorted(set(steps))
+    steps, chosen = sorted(set(steps)), [(name, SCHEDULERS[name]) for name in solvers]
     out = [
         Row(reference_name(name, reference_steps), "teacher", key, True, reference_steps)
-        for name, key in SCHEDULERS.items()
+        for name, key in chosen
     ]
-    for name, key in SCHEDULERS.items():
+    for name, key in chosen:
         out += [
             Row(f"teacher {name}, guided", "teacher", key, True, n // 2)
             for n in steps

@@ -5,18 +5,12 @@ The heart is independent of models: `evaluate(generate, ...)` takes any
 stopped goes on where it was, and metrics can be added without drawing again.
 """
 
-import hashlib
-import json
-import os
-import zipfile
-import zlib
 from pathlib import Path
 
-import numpy as np
-
 import cnxs_jax
-from cnxs_jax.errors import CheckpointError, ConfigError, DataError, did_you_mean
+from cnxs_jax.errors import ConfigError, DataError, did_you_mean
 from eval import pictures, plan, report
+from eval.draw import cached, identity, pipeline_generator, round_trip
 from eval.metrics import agreement, features, scene_accuracy
 from eval.metrics.kid import kid
 
@@ -52,76 +46,8 @@ def check_metrics(metrics):
     return tuple(metrics)
 
 
-def pipeline_generator(pipelines, guidance_scale=None, batch_size=64):
-    """`generate(row, captions, seeds)` over pipelines.
-
-    Args:
-        pipelines: {"teacher": pipe, "student": pipe}, from `cnxs_jax.load_pipeline`.
-        guidance_scale: of guided rows; None is the pipeline's own default.
-        batch_size: pictures a call; short batches are padded, so that one shape compiles.
-    """
-
-    def generate(row, captions, seeds):
-        pipe = pipelines[row.model]
-        pipe = pipe.replace(scheduler=row.scheduler) if row.scheduler else pipe
-        out = []
-        for start in range(0, len(captions), batch_size):
-            texts = list(captions[start : start + batch_size])
-            spots = list(seeds[start : start + batch_size])
-            missing = min(batch_size, len(captions)) - len(texts)
-            result = pipe(
-                texts + texts[-1:] * missing,
-                num_inference_steps=row.steps,
-                guidance_scale=guidance_scale if row.guided else 0.0,
-                seed=spots + spots[-1:] * missing,
-                output_type="np",
-            )
-            out.append(to_uint8(result.images[: len(texts)]))
-        return np.concatenate(out)
-
-    return generate
-
-
-def to_uint8(images):
-    """float [0, 1] to the nearest of 256 levels."""
-    return np.round(np.clip(np.asarray(images, np.float32), 0, 1) * 255).astype(np.uint8)
-
-
-def cached(generate, directory, identity, seed=0, log=print):
-    """`make(row, prompts)` that keeps each row's pictures of each split in `directory`.
-
-    A file made by other weights, prompts or seeds is drawn again: `identity` and the prompts are
-    part of its fingerprint. Noise of prompt n is image n of `seed` in every row.
-    """
-    directory = Path(directory)
-
-    def make(row, prompts):
-        directory.mkdir(parents=True, exist_ok=True)
-        path = directory / f"{row.slug}_{prompts.split}.npz"
-        key = json.dumps([identity, repr(row), prompts.captions, seed])
-        print_ = hashlib.sha256(key.encode()).hexdigest()
-        images = _read_pictures(path, print_)
-        if images is None:
-            log(f"{row.method}, {row.steps} steps: {len(prompts.captions)} pictures")
-            seeds = [(seed, n) for n in range(len(prompts.captions))]
-            images = generate(row, prompts.captions, seeds)
-            temporary = path.with_name(f".{path.name}.tmp{os.getpid()}.npz")
-            np.savez(temporary, images=images, fingerprint=np.array(print_))
-            temporary.replace(path)
-        return images
-
-    return make
-
-
-def _read_pictures(path, fingerprint):
-    try:
-        with np.load(path, allow_pickle=False) as data:
-            return data["images"] if str(data["fingerprint"]) == fingerprint else None
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
-        return None
-
-
-def evaluate(make, rows, sets, real, metrics=METRICS, read=None, extract=None):
+def evaluate(make, rows, sets, real, metrics=METRICS, read=None, extract=None,
+             ceilings=None):  # fmt: skip
     """Measures all rows.
 
     Args:
@@ -132,9 +58,11 @@ def evaluate(make, rows, sets, real, metrics=METRICS, read=None, extract=None):
         metrics: of METRICS.
         read: scene checker, `scene_accuracy.load_checker()` by default.
         extract: feature extractor; None where its weights are not installed: KID "not run".
+        ceilings: {name: function of the prompts' own scenes}, such as a VAE's round trip, measured
+            after the scenes themselves and before the rows.
 
     Returns:
-        list of report rows; the first is the test prompts' own real scenes, the metrics' ceiling.
+        list of report rows; the first is the test prompts' own real scenes.
     """
     if not len(real) or "test" not in sets:
         raise DataError("an evaluation needs real scenes and a test set", "eval")
@@ -142,30 +70,40 @@ def evaluate(make, rows, sets, real, metrics=METRICS, read=None, extract=None):
     accurate = {"scene_accuracy", "agreement"} & set(metrics)
     read = scene_accuracy.load_checker() if accurate and read is None else read
     real_features = extract(real) if extract and "kid" in metrics else None
-    reference, table = None, []
-    for row in [None, *rows]:
-        pictures_of = {n: p.images if row is None else make(row, p) for n, p in sets.items()}
-        images, prompts = pictures_of["test"], sets["test"]
-        line = {"method": "real scenes" if row is None else row.method}
-        line |= {"steps": row and row.steps, "evaluations": row.evaluations if row else None}
-        verdicts = None
-        if accurate:
-            figures, verdicts = scene_accuracy.score(read, images, prompts.facts)
-        if "scene_accuracy" in metrics:
-            line |= {k: figures[k] for k in (*ACCURACY, "extra_objects") if k in figures}
-            for split, images_of_split in pictures_of.items():
-                if split != "test":
-                    line |= _split_figures(read, images_of_split, sets[split])
-        if "kid" in metrics:
-            line["kid_efflite0"] = _kid(extract, images, real_features)
+    tools = (read if accurate else None, extract, real, real_features)
+    ceilings = {"real scenes": lambda images: images} | (ceilings or {})
+    table = []
+    for name, change in ceilings.items():
+        own = {split: change(p.images) for split, p in sets.items()}
+        line = {"method": name, "steps": None, "evaluations": None}
+        table.append(line | _measure(own, sets, metrics, *tools)[0])
+    reference = None
+    for row in rows:
+        made = {split: make(row, p) for split, p in sets.items()}
+        line = {"method": row.method, "steps": row.steps, "evaluations": row.evaluations}
+        figures, verdicts = _measure(made, sets, metrics, *tools)
+        reference = reference or (made["test"], verdicts)
         if "agreement" in metrics:
-            line["sharpness"] = agreement.sharpness(images, real)
-            if row is not None:
-                reference = reference or (images, verdicts)
-                line |= agreement.pixel_agreement(images, reference[0])
-                line["same_verdicts"] = agreement.verdict_agreement(verdicts, reference[1])
-        table.append(line)
+            figures |= agreement.pixel_agreement(made["test"], reference[0])
+            figures["same_verdicts"] = agreement.verdict_agreement(verdicts, reference[1])
+        table.append(line | figures)
     return table
+
+
+def _measure(images, sets, metrics, read, extract, real, real_features):
+    """(figures, verdicts on the test prompts) of {split: images}."""
+    out, verdicts = {}, None
+    if read is not None:
+        figures, verdicts = scene_accuracy.score(read, images["test"], sets["test"].facts)
+    if "scene_accuracy" in metrics:
+        out |= {k: figures[k] for k in (*ACCURACY, "extra_objects") if k in figures}
+        for split in [s for s in sets if s != "test"]:
+            out |= _split_figures(read, images[split], sets[split])
+    if "kid" in metrics:
+        out["kid_efflite0"] = _kid(extract, images["test"], real_features)
+    if "agreement" in metrics:
+        out["sharpness"] = agreement.sharpness(images["test"], real)
+    return out, verdicts
 
 
 def _kid(extract, images, real_features):
@@ -196,7 +134,7 @@ def _split_figures(read, images, prompts):
     return {f"{prompts.split}: all correct": figures["all_correct"]}
 
 
-def write(workdir, table, rows, make, prompts, notes=(), title="Evaluation"):
+def write(workdir, table, rows, make, prompts, notes=(), title="Evaluation", summary=None):
     """`report.md`, `report.json` and the pictures: samples side by side, then the curves."""
     columns = [("a real scene\nfor the prompt", prompts.images[:SHOWN])]
     head = plan.Prompts(*(v if isinstance(v, str) else v[:SHOWN] for v in vars(prompts).values()))
@@ -216,7 +154,8 @@ def write(workdir, table, rows, make, prompts, notes=(), title="Evaluation"):
                 "quality", curves, "Quality against network evaluations, with 95 % intervals."
             )
         )
-    return report.write_report(workdir, table, made, title=title, notes=notes, groups=GROUPS)
+    return report.write_report(workdir, table, made, title=title, summary=summary, notes=notes,
+                               groups=GROUPS)  # fmt: skip
 
 
 def _heading(row):
@@ -251,24 +190,6 @@ def notes(num_prompts, num_real, guidance_scale):
     return out
 
 
-def identity(directory):
-    """Hash of a pipeline directory: every file's name and content."""
-    directory = Path(directory)
-    files = sorted(p for p in directory.rglob("*") if p.is_file())
-    if not (directory / "model_index.json").is_file():
-        raise CheckpointError(
-            "no pipeline there (no model_index.json)",
-            directory,
-            "give a diffusers pipeline directory, or --workdir of a finished training run",
-        )
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(str(path.relative_to(directory)).encode())
-        with path.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
-
-
 def directories(config, workdir, teacher=None, student=None):
     """{"teacher": directory, "student": directory}; no student where the run trained a teacher."""
     assets = Path(cnxs_jax.__file__).parent / "assets"
@@ -282,9 +203,15 @@ def directories(config, workdir, teacher=None, student=None):
 
 
 def main(config, workdir, *, metrics=METRICS, num_prompts=512, num_real=2000, steps=(1, 2, 4, 8),
-         reference_steps=50, guidance_scale=None, teacher=None, student=None, batch_size=64,
-         seed=0):  # fmt: skip
-    """Evaluates a run; see `python -m eval --help`. Returns the path of the report.
+         reference_steps=50, solvers=tuple(plan.SCHEDULERS), guidance_scale=None, teacher=None,
+         student=None, batch_size=64, seed=0, out=None, summary=None):  # fmt: skip
+    """Evaluates a run (see `python -m eval --help`) and returns the path of the report.
+
+    Args:
+        out: directory of the report, `workdir`/eval by default. Training's own short report is the
+            same call with fewer prompts and `out=workdir`.
+        solvers: names in `plan.SCHEDULERS` for the teacher's rows.
+        summary: figures to print below the tables, such as the training cost.
 
     Raises:
         ConfigError, DataError, CheckpointError: before any device work where possible.
@@ -293,7 +220,7 @@ def main(config, workdir, *, metrics=METRICS, num_prompts=512, num_real=2000, st
 
     metrics = check_metrics(metrics)
     places = directories(config, workdir, teacher, student)
-    rows = plan.rows(steps, reference_steps, "student" in places)
+    rows = plan.rows(steps, reference_steps, "student" in places, solvers)
     world = emoji_scenes.world()
     sets = {"test": plan.prompts(world, "test", num_prompts, seed)}
     for split in ("heldout_pairs", "heldout_relations"):
@@ -303,15 +230,15 @@ def main(config, workdir, *, metrics=METRICS, num_prompts=512, num_real=2000, st
     if guidance_scale is None and "objective" in config and "omega" in config.objective:
         guidance_scale = 1.0 + config.objective.omega  # the (1 + omega) form of the LCM papers
     pipes = {name: cnxs_jax.load_pipeline(path) for name, path in places.items()}
-    out = Path(workdir) / "eval"
+    out = Path(workdir) / "eval" if out is None else Path(out)
     generate = pipeline_generator(pipes, guidance_scale, batch_size)
-    make = cached(generate, out / "rows", [who, guidance_scale], seed)
+    make = cached(generate, out / "eval_rows", [who, guidance_scale], seed)
     wanted = "kid" in metrics and features.weights_path() is not None
-    table = evaluate(
-        make, rows, sets, real, metrics, extract=features.extractor() if wanted else None
-    )
+    extract = features.extractor() if wanted else None
+    ceilings = {"real scenes through the VAE": round_trip(pipes["teacher"], batch_size)}
+    table = evaluate(make, rows, sets, real, metrics, extract=extract, ceilings=ceilings)
     sentences = notes(num_prompts, num_real, guidance_scale)
-    path = write(out, table, rows, make, sets["test"], sentences)
+    path = write(out, table, rows, make, sets["test"], sentences, summary=summary)
     print(report.table(table))
     print(path)
     return path

@@ -1,6 +1,7 @@
 """The runner with a stand-in for the models: real scenes, the blurrier the fewer evaluations."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -96,7 +97,11 @@ def test_report_of_a_whole_evaluation(tmp_path, sets):
     rows, fake = plan.rows((1, 4), reference_steps=8), Fake(*sets.values())
     make = run.cached(fake, tmp_path / "rows", "x", log=lambda s: None)
     real = plan.prompts(WORLD, "test", 40, seed=1).images
-    table = run.evaluate(make, rows, sets, real, read=blind, extract=project)
+    ceilings = {"through a VAE": scene_accuracy.blur}
+    table = run.evaluate(make, rows, sets, real, read=blind, extract=project, ceilings=ceilings)
+    assert [line["method"] for line in table[:2]] == ["real scenes", "through a VAE"]
+    assert table[1]["sharpness"] < table[0]["sharpness"]
+    table = [table[0], *table[2:]]
     assert [line["evaluations"] for line in table] == [None] + [r.evaluations for r in rows]
     assert all(line["objects"]["value"] == 0 for line in table)
     whites = [f["background"] == "white" for f in sets["test"].facts if f["background"]]
@@ -134,6 +139,37 @@ def test_user_mistakes_before_any_work(tmp_path, sets):
         run.main({}, tmp_path, metrics=["fid"])
     with pytest.raises(DataError, match="real scenes"):
         run.evaluate(None, [], sets, sets["test"].images[:0])
+
+
+class FakePipe:
+    """Paints each picture with its seed's index, and remembers how it was asked."""
+
+    def __init__(self, scheduler="own", calls=None):
+        self.scheduler, self.calls = scheduler, [] if calls is None else calls
+
+    def replace(self, scheduler):
+        return FakePipe(scheduler, self.calls)
+
+    def __call__(self, prompt, *, num_inference_steps, guidance_scale, seed, output_type):
+        assert len(prompt) == len(seed)
+        call = (self.scheduler, len(prompt), num_inference_steps, guidance_scale, output_type)
+        self.calls.append(call)
+        images = (
+            np.ones((len(prompt), 2, 2, 3)) * np.array([n for _, n in seed])[:, None, None, None]
+        )
+        return SimpleNamespace(images=images / 255)
+
+
+def test_pipelines_are_asked_for_each_rows_solver_and_guidance():
+    teacher, student = FakePipe(), FakePipe()
+    generate = run.pipeline_generator({"teacher": teacher, "student": student}, 3.0, batch_size=4)
+    for row in plan.rows((2,), reference_steps=5):
+        images = generate(row, ["a"] * 6, [(0, n) for n in range(6)])
+        assert images[:, 0, 0, 0].tolist() == list(range(6))  # padding dropped, order kept
+    twice = [("ddim", 4, 5, 3.0, "np"), ("dpmpp", 4, 5, 3.0, "np"), ("ddim", 4, 1, 3.0, "np")]
+    assert teacher.calls[:6:2] == twice
+    assert ("dpmpp", 4, 2, 0.0, "np") in teacher.calls
+    assert student.calls == [("own", 4, 2, 0.0, "np")] * 2
 
 
 def test_where_teacher_and_student_are(tmp_path):

@@ -1,4 +1,4 @@
-"""The scene checker: right on ground truth, wrong where the picture is wrong, and its arithmetic."""
+"""The scene checker: right on ground truth, wrong where the picture is wrong; its arithmetic."""
 
 import numpy as np
 import pytest
@@ -69,8 +69,7 @@ def test_a_removed_object_is_missed(read):
         part = scene(concepts=["panda"], background=whole["background"], style="flat")
         assert all(verdict(read, whole, whole).values())
         wrong = verdict(read, part, whole)
-        assert wrong["object 0"] and wrong["style"] and wrong["background"]
-        assert not wrong["object 1"] and not wrong["relation"]
+        assert {k for k, right in wrong.items() if right} == {"object 0", "style", "background"}
 
 
 def test_a_swapped_object_is_missed(read):
