@@ -1,8 +1,8 @@
 """The evaluation: makes each row's pictures once, measures them all, writes the report.
 
-The heart is independent of models: `evaluate(generate, ...)` takes any
-`generate(row, captions, seeds) -> uint8 [N, H, W, 3]`. Pictures are kept a row, so a run that was
-stopped goes on where it was, and metrics can be added without drawing again.
+The heart is independent of models: `evaluate(make, ...)` takes any `make(row, prompts) -> uint8
+[N, H, W, 3]`. Pictures are kept a row (`draw.cached`), so a run that was stopped goes on where it
+was, and metrics can be added without drawing again.
 """
 
 from pathlib import Path
