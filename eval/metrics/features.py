@@ -45,9 +45,9 @@ class Frozen(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        shape = (x.shape[-1],)
-        scale = self.param("scale", nn.initializers.ones, shape)
-        return x * scale + self.param("bias", nn.initializers.zeros, shape)
+        shape, wide = (x.shape[-1],), (1, 1, 1, -1)
+        scale = self.param("scale", nn.initializers.ones, shape).reshape(wide)
+        return x * scale + self.param("bias", nn.initializers.zeros, shape).reshape(wide)
 
 
 def _same(size, kernel, stride):
@@ -73,7 +73,7 @@ class Depthwise(nn.Module):
         x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
         return sum(
             x[:, i : i + s * (height - 1) + 1 : s, j : j + s * (width - 1) + 1 : s]
-            * weight[i, j, 0]
+            * weight[i, j][None, None]
             for i in range(k)
             for j in range(k)
         )
