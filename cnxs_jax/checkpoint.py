@@ -9,7 +9,6 @@ the device before the save and compared after the restore. A step that fails is 
 
 import contextlib
 import fcntl
-import functools
 import hashlib
 import json
 import logging
@@ -365,14 +364,3 @@ def _fsync(directory):
         for name in names:
             _fsync_one(os.path.join(root, name))
         _fsync_one(root)
-
-
-def abstract_state(init, shardings_of):
-    """The `ShapeDtypeStruct`s of `init()` with the shardings `shardings_of(shapes)`."""
-    shapes = jax.eval_shape(init)
-    make = functools.partial(jax.tree.map, lambda s, d: _struct(s, d))
-    return make(shapes, shardings_of(shapes))
-
-
-def _struct(shape, sharding):
-    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)

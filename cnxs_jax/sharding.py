@@ -183,6 +183,22 @@ def put(x, sharding):
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
+def abstract(shapes, placed):
+    """`jax.ShapeDtypeStruct`s that also say where their arrays shall lie."""
+    return jax.tree.map(
+        lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, placed
+    )
+
+
+def whole(tree):
+    """`tree` with every array whole in this process; all processes must call it together."""
+    if jax.process_count() == 1:
+        return tree
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
 def constrain(x, *spec):
     """`with_sharding_constraint` under the mesh of `jax.set_mesh`; nothing without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -4,7 +4,7 @@ A run's directory: `config.json`, `metrics.jsonl`, TensorBoard events, `checkpoi
 `samples/*.png`, `export/`. A config with `stages` runs them in order, each in its own directory.
 """
 
-import functools
+import contextlib
 import importlib
 import json
 import pathlib
@@ -65,13 +65,15 @@ def main(config, workdir, resume=False):
     """
     root = pathlib.Path(workdir).expanduser().absolute()
     resume = resume or config.get("resume", False)
-    stages = [(name, expand(config[name], root)) for name in config.get("stages", ())]
-    runs = [(root / name, stage) for name, stage in stages] or [(root, expand(config, root))]
     validate.check(config)
+    stages = config.get("stages", ())
+    runs = [(root / name, expand(config[name], root)) for name in stages]
+    runs = runs or [(root, expand(config, root))]
     for path, run_config in runs:
         check_workdir(path, run_config, resume)
-    with checkpoint.lock(root):
-        if stages and jax.process_index() == 0:
+    lead = jax.process_index() == 0
+    with checkpoint.lock(root) if lead else contextlib.nullcontext():
+        if stages and lead:
             write_json(root / "config.json", plain(config))
         for path, run_config in runs:
             if (path / "export").is_dir():
@@ -178,18 +180,16 @@ class Fit:
         self.encoders = self.place(task.encoders)
         key_init, self.key_encode, self.key_step = jax.random.split(jax.random.key(config.seed), 3)
         tx = optimizer.make_optimizer(config.optimizer, config.steps)
-        self.init = self.initialiser(task.params, tx, key_init)
-        self.abstract = checkpoint.abstract_state(
-            self.init, lambda shapes: sharding.shardings(shapes, mesh, self.rules)
-        )
-        placed = jax.tree.map(lambda s: s.sharding, self.abstract)
+        self.make, self.arguments = self.initial(task.params, tx, key_init)
+        shapes = jax.eval_shape(self.make, *self.arguments)
+        self.placed = sharding.shardings(shapes, mesh, self.rules)
+        self.abstract = sharding.abstract(shapes, self.placed)
         step = make_step(
             task.objective, tx, config.ema_decay, config.grad_accum, config.get("ema_warmup", False)
         )
         whole = sharding.replicated(mesh)
-        self.step = jax.jit(step, donate_argnums=0, out_shardings=(placed, whole))
+        self.step = jax.jit(step, donate_argnums=0, out_shardings=(self.placed, whole))
         self.encode = jax.jit(task.encode)
-        self.placed = placed
         self.state = None
 
     def place(self, tree):
@@ -197,12 +197,14 @@ class Fit:
         where = sharding.shardings(tree, self.mesh, self.rules, strict=False)
         return jax.tree.map(sharding.put, tree, where)
 
-    def initialiser(self, params, tx, key):
-        """`() -> TrainState`. Given parameters are an argument, never a constant of the program."""
+    def initial(self, params, tx, key):
+        """`(make, arguments)`: `make(*arguments)` is the first TrainState.
+
+        Given parameters are an argument, never a constant of the compiled program.
+        """
         if callable(params):
-            return lambda: init_state(params(key), tx)
-        params = self.place(params)
-        return functools.partial(init_state, tx=tx, params=params)
+            return lambda: init_state(params(key), tx), ()
+        return lambda given: init_state(given, tx), (self.place(params),)
 
     def restore(self, checkpoints):
         """Fills `state` from the newest good checkpoint or anew; returns the step to go on from."""
@@ -210,15 +212,11 @@ class Fit:
             self.abstract, lambda meta: check_same(meta["config"], self.config, "checkpoint")
         )
         if stored is None:
-            init = self.init
-            keywords = getattr(init, "keywords", {})
-            if keywords:
-                make = functools.partial(init.func, tx=keywords["tx"])
-                self.state = jax.jit(make, out_shardings=self.placed)(params=keywords["params"])
-            else:
-                self.state = jax.jit(init, out_shardings=self.placed)()
+            self.state = jax.jit(self.make, out_shardings=self.placed)(*self.arguments)
+            self.arguments = None
             return 0
         self.state, data, _ = stored
+        self.arguments = None
         self.task.loader.set_state(data)
         step = int(self.state.step)
         print(f"resumed at step {step}", flush=True)
@@ -261,17 +259,21 @@ class Fit:
         checkpoints.wait()
 
     def sample(self, step, writer):
-        if self.task.sample is not None:
+        """A picture, on one process only: elsewhere the parameters are spread over hosts."""
+        if self.task.sample is not None and jax.process_count() == 1:
             writer.image(step, self.task.sample(self.state.ema, self.frozen, self.encoders))
 
     def finish(self, workdir, lead):
         """Writes `export/`, all of it or nothing."""
-        if self.task.export is None or not lead:
+        if self.task.export is None:
+            return
+        parts = sharding.whole((self.state.ema, self.frozen, self.encoders))
+        if not lead:
             return
         temporary = workdir / "export.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        self.task.export(self.state.ema, self.frozen, self.encoders, temporary)
+        self.task.export(*parts, temporary)
         temporary.replace(workdir / "export")
 
 

@@ -17,7 +17,11 @@ class TrainState(NamedTuple):
 
 
 def init_state(params, tx):
-    """The state before the first step; the EMA starts as a copy of the parameters."""
+    """The state before the first step; the EMA starts as a copy of the parameters.
+
+    `params` is copied too: the step donates its state, and the teacher may be the same arrays.
+    """
+    params = jax.tree.map(lambda p: jnp.array(p, copy=True), params)
     ema = jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
     return TrainState(jnp.zeros((), jnp.int32), params, ema, tx.init(params))
 

@@ -23,8 +23,10 @@ class Loader:
         x = rng.standard_normal((self.batch_size, 4, 4, 2)).astype(np.float32)
         if self.position == self.bad_step:
             x[0, 0, 0, 0] = np.nan
-        return {"x": x, "hint": rng.standard_normal((self.batch_size, 4)).astype(np.float32),
-                "caption": ["a"] * self.batch_size}  # fmt: skip
+        hint = rng.standard_normal((self.batch_size, 4)).astype(np.float32)
+        share = self.batch_size // jax.process_count()
+        mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+        return {"x": x[mine], "hint": hint[mine], "caption": ["a"] * share}
 
     def get_state(self):
         return {"position": self.position}
