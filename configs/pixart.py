@@ -67,8 +67,8 @@ def vae():
     config.name = "vae"
     config.task = "train.tasks:autoencoder"
     config.data = data()
-    config.steps = 3000
-    config.batch_size = 32
+    config.steps = 2400
+    config.batch_size = 16
     config.ema_decay = 0.999
     config.ema_warmup = True
     config.optimizer = ConfigDict()
@@ -79,7 +79,7 @@ def vae():
     config.optimizer.final_scale = 0.02
     config.optimizer.clip_norm = 1.0
     config.vae = ConfigDict()
-    config.vae.block_out_channels = (32, 64, 64)
+    config.vae.block_out_channels = (16, 32, 64)
     config.vae.layers_per_block = 1
     config.vae.latent_channels = 8
     config.vae.norm_num_groups = 8
