@@ -106,7 +106,7 @@ def _blocked(q, k, v, mask, bias, scale):
 
         def one_block(q_MxD):
             logits = jnp.einsum("md,sd->ms", q_MxD, k_SxD, preferred_element_type=jnp.float32)
-            logits = logits if row_S is None else logits + row_S
+            logits = logits if row_S is None else logits + row_S[None]
             weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
             out = weights.astype(v_SxD.dtype) @ v_SxD  # normalise [M, D], not [M, S]
             return out / weights.sum(-1, keepdims=True).astype(out.dtype)

@@ -83,7 +83,7 @@ class PixArtBlock(nn.Module):
     def __call__(self, x_BxNxD, text_kv, t0_Bx6xD, context_BxSxD, mask_BxS):
         D = self.num_heads * self.head_dim
         table = self.param("scale_shift_table", nn.initializers.normal(D**-0.5), (6, D))
-        modulation = (table + t0_Bx6xD.astype(jnp.float32)).astype(self.dtype)
+        modulation = (table[None] + t0_Bx6xD.astype(jnp.float32)).astype(self.dtype)
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=1)
 
         def attend(name, *args, **kwargs):
@@ -211,7 +211,7 @@ class PixArt(nn.Module):
         def project(name):
             layer = attn2[name]
             out = jnp.einsum("bsd,ndf->nbsf", context, layer["kernel"].astype(self.dtype))
-            return out + layer["bias"].astype(self.dtype)[:, None, None]
+            return out + layer["bias"].astype(self.dtype)[:, None, None, :]
 
         return {**cond, "prepared": {"kv": (project("to_k"), project("to_v")), "context": context}}
 

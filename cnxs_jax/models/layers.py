@@ -17,7 +17,9 @@ def sinusoid(t, dim, max_period=10000.0, flip_sin_to_cos=True, downscale_freq_sh
     """
     half = dim // 2
     exponent = -math.log(max_period) * jnp.arange(half, dtype=jnp.float32)
-    angles = t.astype(jnp.float32)[:, None] * jnp.exp(exponent / (half - downscale_freq_shift))
+    angles = (
+        t.astype(jnp.float32)[:, None] * jnp.exp(exponent / (half - downscale_freq_shift))[None]
+    )
     parts = (
         (jnp.cos(angles), jnp.sin(angles))
         if flip_sin_to_cos
@@ -75,7 +77,7 @@ class Dense(nn.Module):
         x = _matmul(x, kernel) if jax.default_backend() == "cpu" else x @ kernel
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
-            x = x + bias.astype(self.dtype)
+            x = x + bias.astype(self.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
         return x
 
 
