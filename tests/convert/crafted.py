@@ -190,7 +190,7 @@ BAD_TORCH = {
     "no_dict": lambda path: write_zip(path, program(tensor())),
     "no_tensors": lambda path: write_zip(path, program(dict_of({"epoch": integer(3)}))),
     "stride_bomb": only(size=(10**9,), stride=(0,)),
-    "out_of_storage": only(size=(2, 4), stride=(4, 1)),
+    "out_of_storage": only(size=(2, 3), stride=(4, 1)),
     "offset_beyond": only(offset=1),
     "negative_stride": only(stride=(-3, 1)),
     "negative_size": only(size=(-2, 3)),
