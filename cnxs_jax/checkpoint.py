@@ -194,7 +194,7 @@ class Checkpoints:
         )
         with self._errors(step):
             self.purge()
-            if not self._manager.save(step, args=args, force=True):
+            if not self._manager.save(step, args=args):
                 raise CheckpointError(
                     f"step {step} was not saved: the newest one is {self._manager.latest_step()}",
                     self.directory,

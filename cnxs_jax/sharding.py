@@ -52,21 +52,21 @@ def make_mesh(spec=None, devices=None):
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
 
 
-def check_mesh(spec, num_devices=None):
+def check_mesh(spec, num_devices=None, where="mesh"):
     """`{axis: size}` for all of `AXES`; -1 is filled in once `num_devices` is known."""
     for axis, size in spec.items():
         if axis not in AXES:
             raise ConfigError(
                 f"unknown mesh axis {axis!r}.{did_you_mean(axis, AXES)}",
-                "mesh",
+                where,
                 f"the axes are {', '.join(AXES)}",
             )
         if not isinstance(size, int) or isinstance(size, bool) or (size < 1 and size != -1):
-            raise ConfigError(f"mesh.{axis} is {size!r}, expected a positive integer or -1", "mesh")
+            raise ConfigError(f"mesh.{axis} is {size!r}, expected a positive integer or -1", where)
     sizes = {axis: spec.get(axis, 1) for axis in AXES}
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) > 1:
-        raise ConfigError(f"only one mesh axis may be -1, got {' and '.join(free)}", "mesh")
+        raise ConfigError(f"only one mesh axis may be -1, got {' and '.join(free)}", where)
     if num_devices is None:
         return sizes
     known = math.prod(size for size in sizes.values() if size != -1)
@@ -76,7 +76,7 @@ def check_mesh(spec, num_devices=None):
         given = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
         raise ConfigError(
             f"the mesh {given} does not use the {num_devices} devices that there are",
-            "mesh",
+            where,
             "their product must be the number of devices; set one axis to -1 to fill it",
         )
     return sizes

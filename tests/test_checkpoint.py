@@ -19,7 +19,7 @@ META = {"config": {"steps": 9}}
 def make_state(seed=0):
     keys = jax.random.split(jax.random.key(seed), 3)
     return {
-        "kernel": jax.random.normal(keys[0], (16, 24)),
+        "kernel": jax.random.normal(keys[0], (128, 96)),
         "half": jax.random.normal(keys[1], (8, 6)).astype(jnp.bfloat16),
         "count": jnp.int32(seed),
         "flag": jnp.array([True, False]),
@@ -215,7 +215,7 @@ def test_training_goes_on_after_a_fallback(tmp_path):
 
 def test_another_model_is_an_error_and_not_damage(tmp_path):
     write(tmp_path)
-    other = {**make_state(), "kernel": jnp.zeros((16, 25)), "new": jnp.zeros(2)}
+    other = {**make_state(), "kernel": jnp.zeros((128, 97)), "new": jnp.zeros(2)}
     with pytest.raises(CheckpointError, match=r"1 arrays missing \['new'\].*1 of another shape"):
         read(tmp_path, other)
     assert checkpoint.saved_steps(tmp_path) == [1, 2]

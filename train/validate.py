@@ -90,7 +90,7 @@ def patterns(value, where):
 
 
 def mesh(value, where):
-    sharding.check_mesh(dict(value))
+    sharding.check_mesh(dict(value), where=where)
 
 
 def rules(value, where):
