@@ -51,7 +51,8 @@ def render(concept, style, extent):
     image = sprite_images()[concept, style]
     scale = extent / max(image.size)
     shape = tuple(max(1, round(scale * side)) for side in image.size)
-    return np.asarray(image.convert("RGBa").resize(shape, Image.LANCZOS))
+    rgba = np.asarray(image.convert("RGBa").resize(shape, Image.LANCZOS))
+    return np.minimum(rgba, rgba[..., 3:])  # Lanczos rings; a colour cannot exceed its alpha
 
 
 @functools.cache

@@ -13,15 +13,12 @@ import zlib
 import numpy as np
 
 from cnxs_jax import errors
+from cnxs_jax.data import layout
 
 RELATIONS = ("left of", "above", "in front of")
 SPLITS = ("train", "test", "heldout_pairs", "heldout_relations")
 COUNT_PROBABILITIES = (0.4, 0.4, 0.2)  # of 1, 2 and 3 sprites
 NAME_PROBABILITY = 0.5  # each of background, style, relation
-HIDDEN_AT_MOST = 0.5  # of the back sprite of "in front of"
-HIDDEN_AT_LEAST = 0.15
-# Longest side of a sprite by the number of sprites, as fractions of the picture.
-EXTENT = {1: (0.42, 0.60), 2: (0.36, 0.50), 3: (0.31, 0.40)}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,6 +48,14 @@ class World:
             alpha = rgba[..., 3:] / 255
             self.cache[key] = (rgba[..., :3], alpha, alpha[..., 0] >= 0.5)
         return self.cache[key]
+
+    def sprite_of(self, obj):
+        """The sprite of a scene's object."""
+        return self.sprite(obj["concept"], obj["style"], obj["extent"])
+
+    def solid(self, obj):
+        """The pixels that count as the object (alpha >= 1/2), bool [h, w]."""
+        return self.sprite_of(obj)[2]
 
     def heldout_pairs(self):
         """(concept, style) pairs that `train` and `test` never show: each second concept, once."""
@@ -101,7 +106,7 @@ def make_scene(world, rng, spec=None, *, size=64, split="train", truth=True):
     if not isinstance(rng, np.random.Generator):
         rng = scene_rng(world.name, split, int(rng))
     facts = draw_facts(world, rng, spec or {}, split)
-    objects, order = draw_layout(world, rng, facts, size)
+    objects, order = layout.draw_layout(world, rng, facts, size)
     label, image = composite(world, objects, order, facts["background"], size)
     scene = {
         "image": image,
@@ -109,7 +114,7 @@ def make_scene(world, rng, spec=None, *, size=64, split="train", truth=True):
         "objects": objects,
         **{k: facts[k] for k in ("background", "style", "relation", "prompt")},
     }
-    solid = [_solid(world, o).sum() for o in objects]
+    solid = [world.solid(o).sum() for o in objects]
     for i, o in enumerate(objects):
         o["visible"] = float((label == i + 1).sum() / solid[i])
     if truth:
@@ -186,118 +191,12 @@ def _draw_concepts(world, rng, spec, split, held):
 def _allowed(concepts, style, relation, spec, split, held):
     """Whether the split may show these facts. Facts that `spec` forces whole always pass."""
     pairs = sum((c, style) in held for c in concepts)
-    if "concepts" not in spec or "style" not in spec:
-        if pairs != (1 if split == "heldout_pairs" else 0):
-            return False
+    forced = "concepts" in spec and "style" in spec
+    if not forced and pairs != (1 if split == "heldout_pairs" else 0):
+        return False
     if relation and ("concepts" not in spec or "relation" not in spec):
         return is_heldout_relation(*relation) == (split == "heldout_relations")
     return True
-
-
-def _sprite(world, obj):
-    return world.sprite(obj["concept"], obj["style"], obj["extent"])
-
-
-def _solid(world, obj):
-    return _sprite(world, obj)[2]
-
-
-def draw_layout(world, rng, facts, size):
-    """Boxes and painter's order. Returns `(objects, order)`, `order` lists indices back to front.
-
-    Sprites do not overlap, except that A "in front of" B hides 15 to 50 % of B. Positions and
-    sizes are uniform over what fits. A try that does not fit is thrown away, sizes included.
-    """
-    kind = facts["relation"] and facts["relation"][1]
-    low, high = (round(f * size) for f in EXTENT[len(facts["concepts"])])
-    while True:
-        objects = []
-        for concept in facts["concepts"]:
-            obj = {"concept": concept, "style": facts["style"]}
-            obj["extent"] = int(rng.integers(low, high + 1))
-            objects.append(obj)
-        shapes = [_solid(world, o).shape for o in objects]
-        boxes = _place(rng, shapes, kind, size)
-        if boxes is None:
-            continue
-        for o, box in zip(objects, boxes, strict=True):
-            o["box"] = box
-        order = [int(i) for i in rng.permutation(len(objects))]
-        if kind == "in front of":
-            if not HIDDEN_AT_LEAST <= _hidden(world, *objects[:2]) <= HIDDEN_AT_MOST:
-                continue
-            a, b = order.index(0), order.index(1)
-            if a < b:
-                order[a], order[b] = 1, 0
-        for rank, i in enumerate(order):
-            objects[i]["depth"] = rank + 1
-        return objects, order
-
-
-def _place(rng, shapes, kind, size):
-    """Boxes for `shapes` ((h, w) each) under a relation of the first two; None: did not fit."""
-    u = rng.random(8)
-    boxes = []
-    if kind == "left of" or kind == "above":
-        axis = 1 if kind == "left of" else 0  # of (h, w)
-        starts = _side_by_side(u, shapes[0], shapes[1], axis, size)
-        if starts is None:
-            return None
-        boxes = [_box(s, shape) for s, shape in zip(starts, shapes, strict=False)]
-    elif kind == "in front of":
-        (ha, wa), (hb, wb) = shapes[:2]
-        back = (int(u[0] * (size - hb + 1)), int(u[1] * (size - wb + 1)))
-        reach = (0.8 * (ha + hb) / 2, 0.8 * (wa + wb) / 2)
-        top = round(back[0] + hb / 2 + (2 * u[2] - 1) * reach[0] - ha / 2)
-        left = round(back[1] + wb / 2 + (2 * u[3] - 1) * reach[1] - wa / 2)
-        if not (0 <= top <= size - ha and 0 <= left <= size - wa):
-            return None
-        boxes = [_box((top, left), shapes[0]), _box(back, shapes[1])]
-    for h, w in shapes[len(boxes) :]:
-        for _ in range(12):
-            v = rng.random(2)
-            box = _box((int(v[0] * (size - h + 1)), int(v[1] * (size - w + 1))), (h, w))
-            if all(_apart(box, other) for other in boxes):
-                boxes.append(box)
-                break
-        else:
-            return None
-    return boxes
-
-
-def _side_by_side(u, a, b, axis, size):
-    """Starts (top, left) with A wholly before B on `axis`, and nearer to that axis than across."""
-    slack = size - a[axis] - b[axis]
-    if slack < 0:
-        return None
-    first, second = sorted(int(v * (slack + 1)) for v in u[:2])
-    across = [int(v * (size - s[1 - axis] + 1)) for v, s in zip(u[2:4], (a, b), strict=True)]
-    second += a[axis]
-    along_gap = (second + b[axis] / 2) - (first + a[axis] / 2)
-    across_gap = (across[1] + b[1 - axis] / 2) - (across[0] + a[1 - axis] / 2)
-    if abs(across_gap) > 0.75 * along_gap:
-        return None
-    starts = [(first, across[0]), (second, across[1])]
-    return [s[::-1] for s in starts] if axis == 1 else starts
-
-
-def _box(start, shape):
-    return (start[1], start[0], start[1] + shape[1], start[0] + shape[0])
-
-
-def _apart(p, q):
-    return p[2] <= q[0] or q[2] <= p[0] or p[3] <= q[1] or q[3] <= p[1]
-
-
-def _hidden(world, front, back):
-    """The fraction of `back`'s solid pixels that `front`'s solid pixels cover."""
-    p, q = front["box"], back["box"]
-    x0, y0, x1, y1 = max(p[0], q[0]), max(p[1], q[1]), min(p[2], q[2]), min(p[3], q[3])
-    if x0 >= x1 or y0 >= y1:
-        return 0.0
-    over = _solid(world, front)[y0 - p[1] : y1 - p[1], x0 - p[0] : x1 - p[0]]
-    under = _solid(world, back)[y0 - q[1] : y1 - q[1], x0 - q[0] : x1 - q[0]]
-    return (over & under).sum() / _solid(world, back).sum()
 
 
 def composite(world, objects, order, background, size):
@@ -310,7 +209,7 @@ def composite(world, objects, order, background, size):
     canvas[:] = world.backgrounds[background]
     label = np.zeros((size, size), np.uint8)
     for i in order:
-        rgb, alpha, solid = _sprite(world, objects[i])
+        rgb, alpha, solid = world.sprite_of(objects[i])
         x0, y0, x1, y1 = objects[i]["box"]
         part = canvas[y0:y1, x0:x1]
         part *= 1 - alpha

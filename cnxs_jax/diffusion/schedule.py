@@ -103,6 +103,19 @@ def from_betas(betas):
     return _discrete(betas, "trained_betas")
 
 
+def from_alphas_cumprod(abar):
+    """A discrete schedule from given abar `[num_train_timesteps]`, falling, in (0, 1).
+
+    For replaying another library's rounding: PyTorch libraries keep abar in float32, where
+    `1 - abar` at the first times is only known to 1e-4.
+    """
+    abar = np.asarray(abar, np.float64)
+    if abar.ndim != 1 or not np.all((abar > 0) & (abar < 1)) or np.any(np.diff(abar) >= 0):
+        raise ConfigError("abar must be falling numbers in (0, 1)", "alphas_cumprod")
+    betas = 1.0 - abar / np.append(1.0, abar[:-1])
+    return NoiseSchedule("discrete", betas, abar, "trained_betas")
+
+
 def edm(sigma_min=0.002, sigma_max=80.0, rho=7.0):
     """Variance exploding, `x = x0 + sigma * noise`, time = noise level (Karras et al. 2022)."""
     if not 0 < sigma_min < sigma_max or not rho > 0:

@@ -84,13 +84,13 @@ _HARMLESS = (
 )
 
 
-def from_config(config, num_steps, **options):
+def from_config(config, num_steps, schedule=None, **options):
     """The table that a diffusers scheduler with this configuration would run.
 
     Args:
-        config: the dict of a `scheduler_config.json`. Its noise schedule is used as well, see
-            `schedule.from_config`.
+        config: the dict of a `scheduler_config.json`.
         num_steps: number of inference steps.
+        schedule: a noise schedule to use instead of the configuration's.
         options: options of the solver that override the configuration, such as `eta`.
 
     Raises:
@@ -110,7 +110,9 @@ def from_config(config, num_steps, **options):
     for field, option in fields.items():
         if config.get(field) is not None:
             chosen[option] = _translate(field, config[field])
-    return solver(schedules.from_config(config), num_steps, **(chosen | options))
+    if schedule is None:
+        schedule = schedules.from_config(config)
+    return solver(schedule, num_steps, **(chosen | options))
 
 
 def _translate(field, value):

@@ -55,7 +55,8 @@ def ddim(
     alpha, sigma = np.sqrt(abar), np.sqrt(1 - abar)
     a = np.sqrt(np.maximum(1 - previous - d**2, 0.0)) / sigma
     b = np.sqrt(previous) - a * alpha
-    return build(t, alpha, sigma / alpha, a, b, _prediction(schedule, prediction), d=d)
+    rho = schedule.noise_levels[t.astype(int)]
+    return build(t, alpha, rho, a, b, _prediction(schedule, prediction), d=d)
 
 
 def ddpm(
@@ -81,7 +82,7 @@ def ddpm(
     d = np.where(t > 0, np.sqrt(spread), 0.0)
     a = np.sqrt(abar / previous) * (1 - previous) / (1 - abar)
     b = np.sqrt(previous) * beta / (1 - abar)
-    rho = np.sqrt((1 - abar) / abar)
+    rho = schedule.noise_levels[t.astype(int)]
     return build(t, np.sqrt(abar), rho, a, b, _prediction(schedule, prediction), d=d)
 
 
@@ -146,8 +147,8 @@ def dpmpp(
     b = np.zeros((n, order))
     b[:, 0] = phi
     for i in range(1, n if order == 2 else 1):
-        if i == n - 1 and first_last:
-            break
+        if phi[i] == 0 or (i == n - 1 and first_last):
+            continue  # the last level repeated, or a first-order end
         ratio = np.log(rho[i - 1] / rho[i]) / np.log(rho[i] / rho[i + 1])
         b[i] = phi[i] * (1 + 0.5 / ratio), -phi[i] * 0.5 / ratio
     return _build(schedule, grid, a, b, prediction)
@@ -179,6 +180,9 @@ def ab(
     grid = _multistep_grid(
         schedule, num_steps, timestep_rule, steps_offset, karras, False, final_sigma
     )
+    if order == 1 or num_steps == 1:
+        # The same step as below, without its float32 cancellation of x against h = noise.
+        return _first_order(schedule, grid, prediction)
     n, rho = num_steps, grid.rho
     b = np.zeros((n, order))
     for i in range(n):
@@ -227,9 +231,9 @@ def lcm(
     c_skip, c_out = boundary_scalings_f64(t, sigma_data, timestep_scaling)
     following = np.append(abar[1:], 1.0)  # after the last row: no noise, signal one
     a, b = np.sqrt(following) * c_skip, np.sqrt(following) * c_out
-    rho = np.sqrt((1 - abar) / abar)
     chosen = _prediction(schedule, prediction)
-    return build(t, np.sqrt(abar), rho, a, b, chosen, d=np.sqrt(1 - following))
+    d = np.sqrt(1 - following)
+    return build(t, np.sqrt(abar), schedule.noise_levels[t], a, b, chosen, d=d)
 
 
 def from_config(config, num_steps, **options):
@@ -255,7 +259,7 @@ def _multistep_grid(schedule, num_steps, rule, offset, karras, lambdas, final_si
     return grids.from_levels(schedule, t, levels, min(final, levels[-1]))
 
 
-def _first_order(schedule, grid, prediction, init_scale):
+def _first_order(schedule, grid, prediction, init_scale=None):
     """DDIM between the points of a grid: `x' = alpha' x0 + sigma' noise`."""
     a = grid.sigma[1:] / grid.sigma[:-1]
     b = grid.alpha[1:] - a * grid.alpha[:-1]

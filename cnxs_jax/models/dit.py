@@ -12,6 +12,7 @@ from cnxs_jax.errors import ConfigError
 from cnxs_jax.models.attention import sincos_2d
 from cnxs_jax.models.layers import (
     Attention,
+    Dense,
     FeedForward,
     TimestepEmbedding,
     layer_norm,
@@ -55,7 +56,7 @@ class AdaLayerNormSingle(nn.Module):
     def __call__(self, t, size=None, aspect=None):
         embed = SizeEmbedding(self.features, self.use_additional_conditions, self.dtype, name="emb")
         emb = embed(t, size, aspect)
-        return nn.Dense(6 * self.features, dtype=self.dtype, name="linear")(nn.silu(emb)), emb
+        return Dense(6 * self.features, dtype=self.dtype, name="linear")(nn.silu(emb)), emb
 
 
 class CaptionProjection(nn.Module):
@@ -66,8 +67,8 @@ class CaptionProjection(nn.Module):
 
     @nn.compact
     def __call__(self, text):
-        h = nn.Dense(self.features, dtype=self.dtype, name="linear_1")(text.astype(self.dtype))
-        return nn.Dense(self.features, dtype=self.dtype, name="linear_2")(nn.gelu(h))
+        h = Dense(self.features, dtype=self.dtype, name="linear_1")(text.astype(self.dtype))
+        return Dense(self.features, dtype=self.dtype, name="linear_2")(nn.gelu(h))
 
 
 class PixArtBlock(nn.Module):
@@ -151,13 +152,13 @@ class PixArt(nn.Module):
         self.pos_embed = PatchEmbed(D, self.patch_size, dtype)
         self.adaln_single = AdaLayerNormSingle(D, self.micro_conditioning, dtype)
         self.caption_projection = CaptionProjection(D, dtype)
-        self.transformer_blocks = scanned_blocks(self.num_layers, self.remat)(
+        self.transformer_blocks = scanned_blocks(self.num_layers, self.remat, D)(
             self.num_attention_heads, self.attention_head_dim, dtype, self.attention_impl
         )
         self.scale_shift_table = self.param(
             "scale_shift_table", nn.initializers.normal(D**-0.5), (2, D)
         )
-        self.proj_out = nn.Dense(
+        self.proj_out = Dense(
             self.patch_size**2 * self.out_channels,
             dtype=jnp.float32,
             kernel_init=nn.initializers.zeros,
@@ -229,8 +230,14 @@ class PatchEmbed(nn.Module):
         return h.reshape(h.shape[0], -1, self.features)
 
 
-def scanned_blocks(num_layers, remat=None):
-    """`PixArtBlock` scanned over a leading layer axis, with rematerialisation if asked for."""
+def scanned_blocks(num_layers, remat=None, features=0):
+    """`PixArtBlock` scanned over a leading layer axis, with rematerialisation if asked for.
+
+    A small network on a CPU is unrolled: stacking the residuals of a scan costs it a third of the
+    speed of a train step (measured 54 against 71 images/s), and it compiles fast anyway.
+    """
+    small = features <= 512 and num_layers <= 12 and jax.default_backend() == "cpu"
+    unroll = num_layers if small else 1
     block = PixArtBlock
     if remat is not None:
         policy = None if remat == "full" else getattr(jax.checkpoint_policies, remat)
@@ -241,4 +248,5 @@ def scanned_blocks(num_layers, remat=None):
         split_rngs={"params": True},
         in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
         length=num_layers,
+        unroll=unroll,
     )

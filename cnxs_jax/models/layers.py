@@ -37,6 +37,48 @@ def layer_norm(x, epsilon=1e-6):
     return h.astype(x.dtype)
 
 
+@jax.custom_vjp
+def _matmul(x, kernel):
+    return x @ kernel
+
+
+def _matmul_forward(x, kernel):
+    # XLA's CPU compiler fuses elementwise producers into the transposed operand of the weight
+    # gradient and then computes them strided, without vector instructions: the barriers make the
+    # activations real arrays (measured: a train step of the small DiT takes half the time).
+    x = jax.lax.optimization_barrier(x)
+    return x @ kernel, (x, kernel)
+
+
+def _matmul_backward(residuals, g):
+    x, kernel = jax.lax.optimization_barrier(residuals)
+    g = jax.lax.optimization_barrier(g)
+    rows = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+    return g @ kernel.T, jax.lax.dot_general(*rows, (((0,), (0,)), ((), ())))
+
+
+_matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+class Dense(nn.Module):
+    """`nn.Dense` whose gradient is also fast on a CPU. `x [..., C] -> [..., features]`."""
+
+    features: int
+    use_bias: bool = True
+    dtype: jnp.dtype = jnp.float32
+    kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        x = _matmul(x, kernel) if jax.default_backend() == "cpu" else x @ kernel
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            x = x + bias.astype(self.dtype)
+        return x
+
+
 class TimestepEmbedding(nn.Module):
     """Linear, SiLU, Linear (diffusers `TimestepEmbedding`)."""
 
@@ -45,8 +87,8 @@ class TimestepEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        x = nn.Dense(self.features, dtype=self.dtype, name="linear_1")(x.astype(self.dtype))
-        return nn.Dense(self.features, dtype=self.dtype, name="linear_2")(nn.silu(x))
+        x = Dense(self.features, dtype=self.dtype, name="linear_1")(x.astype(self.dtype))
+        return Dense(self.features, dtype=self.dtype, name="linear_2")(nn.silu(x))
 
 
 class Activation(nn.Module):
@@ -57,7 +99,7 @@ class Activation(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        x = nn.Dense(self.features, dtype=self.dtype, name="proj")(x)
+        x = Dense(self.features, dtype=self.dtype, name="proj")(x)
         return nn.gelu(x, approximate=True)
 
 
@@ -70,7 +112,7 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x):
         h = Activation(self.inner, self.dtype, name="net_0")(x)
-        return nn.Dense(x.shape[-1], dtype=self.dtype, name="net_2")(h)
+        return Dense(x.shape[-1], dtype=self.dtype, name="net_2")(h)
 
 
 class Attention(nn.Module):
@@ -91,7 +133,7 @@ class Attention(nn.Module):
         inner = self.num_heads * self.head_dim
 
         def project(name, h):
-            return nn.Dense(inner, use_bias=self.use_bias, dtype=self.dtype, name=name)(h)
+            return Dense(inner, use_bias=self.use_bias, dtype=self.dtype, name=name)(h)
 
         def heads(h):
             return h.reshape(*h.shape[:-1], self.num_heads, self.head_dim)
@@ -101,4 +143,4 @@ class Attention(nn.Module):
         k, v = kv if kv is not None else (project("to_k", context), project("to_v", context))
         out = attention(heads(q), heads(k), heads(v), mask_BxS=mask_BxS, impl=self.impl)
         out = out.reshape(*x_BxLxC.shape[:-1], inner)
-        return nn.Dense(x_BxLxC.shape[-1], dtype=self.dtype, name="to_out_0")(out)
+        return Dense(x_BxLxC.shape[-1], dtype=self.dtype, name="to_out_0")(out)

@@ -1,0 +1,404 @@
+"""The tasks of PixArt: `autoencoder`, `denoiser` (with its text encoder or without) and `distill`.
+
+Each builder turns a config into a `train.loop.Task`; `KEYS` says which keys it reads, `CONFLICTS`
+what cannot go together. Nothing here knows how to take a step.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from cnxs_jax.models.t5 import T5Encoder
+from cnxs_jax.models.vae import AutoencoderKL
+
+from cnxs_jax import tree as trees
+from cnxs_jax.diffusion import sampling, schedule
+from cnxs_jax.errors import ConfigError
+from cnxs_jax.models.dit import PixArt
+from train import inputs, objectives, optimizer, validate
+from train.loop import Task
+from train.pictures import grid, to_uint8
+
+
+def fields(module):
+    """The table of the config keys of a Linen module, checked by the type of their defaults."""
+    kinds = {bool: validate.boolean, int: validate.integer(1), float: validate.number()}
+    own = [f for f in dataclasses.fields(module) if f.name not in ("parent", "name", "dtype")]
+    table = {}
+    for field in own:
+        kind = validate.integers() if isinstance(field.default, tuple) else None
+        table[field.name] = validate.Optional(
+            kind or kinds.get(type(field.default), validate.anything)
+        )
+    return {**table, "dtype": validate.Optional(validate.choice("float32", "bfloat16"))}
+
+
+def make(module, config):
+    """`module(**config)` with tuples and dtypes as it wants them."""
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(config).items()}
+    if "dtype" in values:
+        values["dtype"] = jnp.dtype(values["dtype"] or "float32")
+    return module(**values)
+
+
+SCHEDULE = {
+    "name": validate.choice("linear", "scaled_linear"),
+    "beta_start": validate.number(0, 1, open_low=True, open_high=True),
+    "beta_end": validate.number(0, 1, open_low=True, open_high=True),
+    "num_steps": validate.integer(2, 10_000),
+}
+PREDICTION = validate.choice(*schedule.PREDICTIONS)
+DENOISE = {
+    "prediction": PREDICTION,
+    "loss_weighting": validate.Optional(validate.choice(*objectives.WEIGHTINGS)),
+    "snr_gamma": validate.Optional(validate.number(0, open_low=True)),
+    "learned_range": validate.Optional(validate.boolean),
+    "t_range": validate.Optional(validate.integers(2, low=0)),
+}
+CONSISTENCY = {
+    "prediction": PREDICTION,
+    "omega": validate.number(0),
+    "num_ddim_steps": validate.integer(1),
+    "loss": validate.Optional(validate.choice(*objectives.LOSSES)),
+    "huber_c": validate.Optional(validate.number(0, open_low=True)),
+}
+AUTOENCODE = {k: validate.Optional(validate.number(0)) for k in ("l2", "kl", "edge")}
+KEYS = {
+    "autoencoder": {"data": inputs.KEYS, "vae": fields(AutoencoderKL), "objective": AUTOENCODE},
+    "denoiser": {
+        "data": inputs.KEYS,
+        "vae_path": validate.text,
+        "transformer": fields(PixArt),
+        "text_encoder": validate.Optional(fields(T5Encoder)),
+        "text_encoder_path": validate.Optional(validate.text),
+        "init_path": validate.Optional(validate.text),
+        "caption_dropout": validate.number(0, 1),
+        "schedule": SCHEDULE,
+        "objective": DENOISE,
+    },
+    "distill": {
+        "data": inputs.KEYS,
+        "teacher_path": validate.text,
+        "dtype": validate.Optional(validate.choice("float32", "bfloat16")),
+        "remat": validate.Optional(validate.text),
+        "null": validate.choice("learned", "empty_prompt"),
+        "schedule": SCHEDULE,
+        "objective": CONSISTENCY,
+    },
+}
+
+
+def check_denoiser(values, where):
+    dit, size = values["transformer"], values["data"]["size"]
+    patch, latent = dit.get("patch_size", 2), dit.get("sample_size", 128)
+    if size % latent or latent % patch:
+        raise ConfigError(
+            f"pictures of {size} px do not give latents of {latent} in patches of {patch}",
+            f"{where}.data.size",
+            f"the nearest are {validate.nearest(size, latent)}",
+        )
+    if (values.get("text_encoder") is None) == (values.get("text_encoder_path") is None):
+        raise ConfigError(
+            "give text_encoder (trained along) or text_encoder_path (frozen), one of them",
+            f"{where}.text_encoder",
+        )
+    learned = values["objective"].get("learned_range")
+    channels = dit.get("in_channels", 4) * (2 if learned else 1)
+    if dit.get("out_channels", 8) < channels:
+        raise ConfigError(
+            f"out_channels {dit.get('out_channels', 8)}, expected {channels} "
+            f"({'with' if learned else 'without'} learned_range)",
+            f"{where}.transformer.out_channels",
+        )
+    check_range(values, where)
+
+
+def check_range(values, where):
+    steps, limits = values["schedule"]["num_steps"], values["objective"].get("t_range")
+    if limits is not None and not 0 <= limits[0] < limits[1] <= steps:
+        raise ConfigError(
+            f"{tuple(limits)} is not inside [0, {steps})", f"{where}.objective.t_range"
+        )
+
+
+def check_distill(values, where):
+    steps, parts = values["schedule"]["num_steps"], values["objective"]["num_ddim_steps"]
+    if parts > steps or steps % parts:
+        raise ConfigError(
+            f"num_ddim_steps {parts} must divide the {steps} steps of the schedule",
+            f"{where}.objective.num_ddim_steps",
+        )
+
+
+CONFLICTS = {"denoiser": check_denoiser, "distill": check_distill}
+
+
+def noise_schedule(config):
+    """The `NoiseSchedule` of `config.schedule`."""
+    values = config.schedule
+    make_schedule = getattr(schedule, values.name)
+    return make_schedule(values.beta_start, values.beta_end, values.num_steps)
+
+
+def to_signed(image):
+    """uint8 [0, 255] -> float32 [-1, 1]."""
+    return image.astype(jnp.float32) / 127.5 - 1.0
+
+
+def latents(vae, params, image, key):
+    """Scaled latents of uint8 pictures, drawn from the VAE's posterior as PixArt trains."""
+    mean, logvar = vae.apply({"params": params}, to_signed(image), method="encode")
+    z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
+    return (z - (vae.shift_factor or 0.0)) * vae.scaling_factor
+
+
+# --- the autoencoder -------------------------------------------------------------------------
+
+
+def autoencoder(config):
+    """Trains an AutoencoderKL; exports it with the scaling factor that its latents need."""
+    vae = make(AutoencoderKL, config.vae)
+    loader, _ = inputs.open_loader(config, tokens=False)
+    side = config.data.size
+
+    def init(key):
+        return vae.init(key, jnp.zeros((1, side, side, vae.in_channels)))["params"]
+
+    def apply(method):
+        return lambda params, x: vae.apply({"params": params}, x, method=method)
+
+    def encode(encoders, raw, key):
+        return {"x": to_signed(raw["image"]), "cond": {}}
+
+    reconstruct = jax.jit(lambda p, x: apply("decode")(p, apply("encode")(p, x)[0]))
+    shown = inputs.examples(config, 16)["image"]
+
+    def sample(ema, frozen, encoders):
+        again = to_uint8(np.asarray(reconstruct(ema, to_signed(jnp.asarray(shown)))))
+        return grid(np.concatenate([shown[:8], again[:8], shown[8:], again[8:]]), columns=8)
+
+    def export(ema, frozen, encoders, path):
+        from cnxs_jax.pipelines.load import save_model
+
+        factor = scaling_factor(
+            jax.jit(apply("encode")), ema, inputs.examples(config, 256)["image"]
+        )
+        save_model(vae.clone(scaling_factor=factor), ema, path / "vae")
+
+    return Task(
+        objective=objectives.autoencode(apply("encode"), apply("decode"), **config.objective),
+        params=init,
+        loader=loader,
+        encode=encode,
+        sample=sample,
+        export=export,
+    )
+
+
+def scaling_factor(encode_fn, params, image, batch=64):
+    """1 / standard deviation of the posterior's samples over uint8 pictures [N,H,W,3]."""
+    parts = [
+        encode_fn(params, to_signed(jnp.asarray(image[i : i + batch])))
+        for i in range(0, len(image), batch)
+    ]
+    means = np.concatenate([np.asarray(mean, np.float64) for mean, _ in parts])
+    noise = np.mean([np.exp(np.asarray(logvar, np.float64)).mean() for _, logvar in parts])
+    return float(1.0 / np.sqrt(means.var() + noise))
+
+
+# --- the denoiser ----------------------------------------------------------------------------
+
+
+def with_text_encoder(denoise, text_module):
+    """A denoiser that reads `input_ids` and `attention_mask`, so that both networks train.
+
+    Its parameters are {"text_encoder": ..., "transformer": ...}.
+    """
+
+    def joint(params, x, t, cond):
+        ids, mask = cond["input_ids"], cond["attention_mask"]
+        text = text_module.apply({"params": params["text_encoder"]}, ids, mask)
+        return denoise(params["transformer"], x, t, {**cond, "text": text, "text_mask": mask})
+
+    return joint
+
+
+def drop_captions(raw, empty, rate, key):
+    """Ids and mask with a share `rate` of the captions replaced by the empty prompt's."""
+    drop = jax.random.bernoulli(key, rate, (raw["input_ids"].shape[0], 1))
+    return {k: jnp.where(drop, empty[k], raw[k]) for k in ("input_ids", "attention_mask")}
+
+
+def sizes_of(dit, image):
+    """Micro-conditioning: `size` [B,2] and `aspect` [B,1] of pictures [B,H,W,3], or nothing."""
+    if not dit.micro_conditioning:
+        return {}
+    height, width = image.shape[1:3]
+    size = jnp.broadcast_to(jnp.array([[height, width]], jnp.float32), (image.shape[0], 2))
+    return {"size": size, "aspect": jnp.full((image.shape[0], 1), height / width)}
+
+
+def denoiser(config):
+    """Trains a PixArt transformer, and its text encoder with it unless `text_encoder_path`."""
+    from cnxs_jax.pipelines.load import load_model
+
+    dit = make(PixArt, config.transformer)
+    vae, vae_params = load_model(config.vae_path)
+    loader, tokenizer = inputs.open_loader(config)
+    empty = inputs.tokens(config, tokenizer, [""])
+    joint = config.get("text_encoder") is not None
+    encoders = {"vae": vae_params}
+    if joint:
+        text = make(T5Encoder, config.text_encoder)
+        run = with_text_encoder(sampling.denoiser(dit), text)
+    else:
+        text, encoders["text_encoder"] = load_model(config.text_encoder_path)
+        run = sampling.denoiser(dit)
+
+    def encode(encoders, raw, key):
+        key_drop, key_vae = jax.random.split(key)
+        cond = drop_captions(raw, empty, config.caption_dropout, key_drop)
+        if not joint:
+            ids, mask = cond["input_ids"], cond["attention_mask"]
+            embedded = text.apply({"params": encoders["text_encoder"]}, ids, mask)
+            cond = {"text": embedded, "text_mask": mask}
+        x = latents(vae, encoders["vae"], raw["image"], key_vae)
+        return {"x": x, "cond": {**cond, **sizes_of(dit, raw["image"])}}
+
+    def init(key):
+        key_dit, key_text = jax.random.split(key)
+        side, length = dit.sample_size, config.data.max_length
+        cond = {
+            "text": jnp.zeros((1, length, dit.caption_channels)),
+            "text_mask": whole_mask(length),
+        }
+        cond |= sizes_of(dit, jnp.zeros((1, side, side, 3)))
+        x = jnp.zeros((1, side, side, dit.in_channels))
+        params = dit.init(key_dit, x, jnp.zeros((1,)), cond)["params"]
+        if not joint:
+            return params
+        ids = jnp.ones((1, length), jnp.int32)
+        text_params = text.init(key_text, ids, whole_mask(length))["params"]
+        return {"text_encoder": text_params, "transformer": params}
+
+    def components(params, encoders):
+        both = params if joint else {**encoders, "transformer": params}
+        return {
+            "transformer": (dit, both["transformer"]),
+            "vae": (vae, encoders["vae"]),
+            "text_encoder": (text, both["text_encoder"]),
+        }
+
+    noise = noise_schedule(config)
+    scheduler = {
+        "_class_name": "DPMSolverMultistepScheduler",
+        **schedule.to_config(noise),
+        "prediction_type": config.objective.prediction,
+    }
+    sample, export = outputs(config, components, tokenizer, scheduler, {"num_inference_steps": 20})
+    frozen, resolve, init = frozen_part(config, init)
+    objective = objectives.denoise(run, noise, resolve, **config.objective)
+    return Task(objective, init, loader, encode, encoders, frozen, sample, export)
+
+
+def whole_mask(length):
+    return jnp.ones((1, length), jnp.int32)
+
+
+def frozen_part(config, init):
+    """`(frozen, resolve, params)` for `config.freeze`: the frozen leaves become an argument."""
+    if not config.get("freeze"):
+        return {}, objectives.identity, init
+    params = jax.jit(init)(jax.random.key(config.seed))
+    trainable, rest = optimizer.freeze(params, tuple(config.freeze))
+    return {"rest": rest}, objectives.with_frozen, trainable
+
+
+# --- latent consistency distillation ---------------------------------------------------------
+
+
+def distill(config):
+    """Distils the pipeline at `teacher_path` into a student that starts as its copy."""
+    from cnxs_jax.pipelines.load import load_model
+
+    dtype = jnp.dtype(config.get("dtype") or "float32")
+    dit, teacher = load_model(f"{config.teacher_path}/transformer", dtype=dtype)
+    dit = dit.clone(remat=config.get("remat"))
+    vae, vae_params = load_model(f"{config.teacher_path}/vae")
+    text, text_params = load_model(f"{config.teacher_path}/text_encoder", dtype=dtype)
+    loader, tokenizer = inputs.open_loader(
+        config, tokenizer_path=f"{config.teacher_path}/tokenizer"
+    )
+    empty = inputs.tokens(config, tokenizer, [""])
+    encoders = {"vae": vae_params, "text_encoder": text_params}
+    if config.null == "learned":
+        encoders["null"] = inputs.null_caption(config.teacher_path)[: config.data.max_length]
+
+    def encode(encoders, raw, key):
+        def embed(ids, mask):
+            return text.apply({"params": encoders["text_encoder"]}, ids, mask)
+
+        batch, mask = raw["image"].shape[0], raw["attention_mask"]
+        if config.null == "learned":  # PixArt: the stored caption under the prompt's own mask
+            null = {"text": jnp.broadcast_to(encoders["null"], (batch, *encoders["null"].shape))}
+        else:
+            one = embed(empty["input_ids"], empty["attention_mask"])
+            null = {
+                "text": jnp.broadcast_to(one, (batch, *one.shape[1:])),
+                "text_mask": jnp.broadcast_to(empty["attention_mask"], mask.shape),
+            }
+        cond = {"text": embed(raw["input_ids"], mask), "text_mask": mask, "null": null}
+        x = latents(vae, encoders["vae"], raw["image"], key)
+        return {"x": x, "cond": {**cond, **sizes_of(dit, raw["image"])}}
+
+    def components(params, encoders):
+        return {
+            "transformer": (dit, params),
+            "vae": (vae, encoders["vae"]),
+            "text_encoder": (text, encoders["text_encoder"]),
+        }
+
+    noise, run = noise_schedule(config), sampling.denoiser(dit)
+    scheduler = {
+        "_class_name": "LCMScheduler",
+        **schedule.to_config(noise),
+        "prediction_type": config.objective.prediction,
+        "original_inference_steps": config.objective.num_ddim_steps,
+    }
+    sample, export = outputs(config, components, tokenizer, scheduler, {"num_inference_steps": 4})
+    trainable, rest = optimizer.freeze(teacher, tuple(config.get("freeze") or ()))
+    frozen = {"teacher": teacher, "rest": rest}
+    resolve = objectives.with_frozen if jax.tree.leaves(rest) else objectives.identity
+    objective = objectives.consistency(run, run, noise, resolve, **config.objective)
+    return Task(objective, trainable, loader, encode, encoders, frozen, sample, export)
+
+
+# --- results ---------------------------------------------------------------------------------
+
+
+def outputs(config, components, tokenizer, scheduler, options):
+    """`(sample, export)` of a task whose result is a whole PixArt pipeline."""
+
+    def pipeline(ema, frozen, encoders):
+        from cnxs_jax.pipelines.base import Component
+        from cnxs_jax.pipelines.pixart import PixArtAlphaPipeline
+
+        if jax.tree.leaves(frozen.get("rest", {})):
+            ema = trees.merge(ema, frozen["rest"])
+        parts = {k: Component(*v) for k, v in components(ema, encoders).items()}
+        null = encoders.get("null")
+        return PixArtAlphaPipeline(parts, tokenizer, scheduler, null_text=null)
+
+    captions = inputs.examples(config, 16)["caption"]
+
+    def sample(ema, frozen, encoders):
+        pipe = pipeline(ema, frozen, encoders)
+        return grid(to_uint8(pipe(captions, seed=0, output_type="np", **options).images * 2 - 1), 8)
+
+    def export(ema, frozen, encoders, path):
+        from cnxs_jax.pipelines.pipeline import save_pipeline
+
+        save_pipeline(pipeline(ema, frozen, encoders), path)
+
+    return sample, export
