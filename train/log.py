@@ -1,4 +1,4 @@
-"""What a run tells (progress bar, metrics, TensorBoard, pictures) and what tells it to stop."""
+"""What a run tells: progress bar, `metrics.jsonl`, TensorBoard, pictures; and what tells it to stop."""
 
 import json
 import math

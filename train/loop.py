@@ -65,10 +65,9 @@ def main(config, workdir, resume=False):
     """
     root = pathlib.Path(workdir).expanduser().absolute()
     resume = resume or config.get("resume", False)
+    stages = [(name, expand(config[name], root)) for name in config.get("stages", ())]
+    runs = [(root / name, stage) for name, stage in stages] or [(root, expand(config, root))]
     validate.check(config)
-    stages = config.get("stages", ())
-    runs = [(root / name, expand(config[name], root)) for name in stages]
-    runs = runs or [(root, expand(config, root))]
     for path, run_config in runs:
         check_workdir(path, run_config, resume)
     with checkpoint.lock(root):

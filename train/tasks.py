@@ -9,13 +9,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cnxs_jax.models.t5 import T5Encoder
-from cnxs_jax.models.vae import AutoencoderKL
 
 from cnxs_jax import tree as trees
 from cnxs_jax.diffusion import sampling, schedule
 from cnxs_jax.errors import ConfigError
 from cnxs_jax.models.dit import PixArt
+from cnxs_jax.models.t5 import T5Encoder
+from cnxs_jax.models.vae import AutoencoderKL
 from train import inputs, objectives, optimizer, validate
 from train.loop import Task
 from train.pictures import grid, to_uint8
@@ -251,6 +251,9 @@ def denoiser(config):
     encoders = {"vae": vae_params}
     if joint:
         text = make(T5Encoder, config.text_encoder)
+        if len(tokenizer) > text.vocab_size:  # a lookup beyond the table would be NaN
+            what = f"vocab_size {text.vocab_size} is less than the tokenizer's {len(tokenizer)}"
+            raise ConfigError(what, "config.text_encoder.vocab_size")
         run = with_text_encoder(sampling.denoiser(dit), text)
     else:
         text, encoders["text_encoder"] = load_model(config.text_encoder_path)

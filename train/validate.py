@@ -1,8 +1,7 @@
 """Checks a config on the host, before any device work: a table of keys, then their conflicts.
 
 A table maps a key to a check or to another table. A check is `check(value, where)` and raises
-ConfigError. A task's module lists its own keys in `KEYS = {function name: table}`, and in
-`CONFLICTS`, if it has any, what cannot go together: `{function name: check(values, where)}`.
+ConfigError. A task's module lists its own keys in `KEYS = {function name: table}`.
 """
 
 import importlib
@@ -46,8 +45,11 @@ def integer(low=0, high=2**53):
         if isinstance(value, bool) or not isinstance(value, int):
             raise ConfigError(f"{value!r} is not an integer", where)
         if not low <= value <= high:
-            expected = f"{low} or more" if high == 2**53 else f"[{low}, {high}]"
-            raise ConfigError(f"{value!r} is out of range, expected {expected}", where)
+            raise (
+                ConfigError(f"{value!r} is out of range, expected {low} or more", where)
+                if (high == 2**53)
+                else ConfigError(f"{value!r} is out of range, expected [{low}, {high}]", where)
+            )
 
     return check
 
@@ -176,15 +178,13 @@ def check(config):
 def check_stage(values, where):
     """One stage: its keys, the task's keys, then their conflicts."""
     text(values.get("task"), f"{where}.task")
-    extra, task_conflicts = task_tables(values["task"], f"{where}.task")
+    extra = task_keys(values["task"], f"{where}.task")
     check_table(values, {**COMMON, **extra}, where)
     conflicts(values, where)
-    if task_conflicts is not None:
-        task_conflicts(values, where)
 
 
-def task_tables(task, where):
-    """The table of the keys that `task` ("module:function") reads, and its check of conflicts."""
+def task_keys(task, where):
+    """The table of the keys that `task` ("module:function") reads."""
     module, _, function = task.partition(":")
     try:
         found = importlib.import_module(module)
@@ -197,7 +197,7 @@ def task_tables(task, where):
             where,
             f"its tasks are {', '.join(tables)}",
         )
-    return tables[function], getattr(found, "CONFLICTS", {}).get(function)
+    return tables[function]
 
 
 def check_table(values, table, where):

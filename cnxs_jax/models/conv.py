@@ -3,6 +3,8 @@
 Parameters float32; norms computed in float32 with two passes; `dtype` is the compute dtype.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -19,76 +21,108 @@ MIN_PIXELS, MIN_CHANNELS, IMAGES_A_CHUNK = 32 * 32, 16, 2
 
 def convolve(x, kernel, strides=1, padding=SAME3):
     """2-D convolution of [B,H,W,C] with a [h,w,C,O] kernel, fast to differentiate on a CPU too."""
-    h, w, C, O = kernel.shape  # noqa: E741
-    same = (h, w) == (3, 3) and strides == 1 and padding == SAME3
-    large = x.shape[1] * x.shape[2] >= MIN_PIXELS and min(C, O) >= MIN_CHANNELS
-    if same and large and jax.default_backend() == "cpu":
-        return conv3x3(x, kernel)
-    return _convolve(x, kernel, strides, padding)
+    large = x.shape[1] * x.shape[2] >= MIN_PIXELS and min(kernel.shape[2:]) >= MIN_CHANNELS
+    wide = kernel.shape[:2] != (1, 1)
+    if strides == 1 and wide and large and jax.default_backend() == "cpu":
+        return conv_by_products(x, kernel, padding)
+    return plain(x, kernel, strides, padding)
 
 
-def _convolve(x, kernel, strides=1, padding=SAME3):
+def plain(x, kernel, strides=1, padding=SAME3):
+    """The same by XLA alone."""
     strides = (strides, strides)
     return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=LAYOUT)
 
 
-@jax.custom_vjp
-def conv3x3(x, kernel):
-    """3x3 convolution, stride 1, padding 1, whose kernel gradient is matrix products."""
-    return _convolve(x, kernel)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def conv_by_products(x, kernel, padding=SAME3):
+    """Convolution with stride 1 whose kernel gradient is matrix products."""
+    return plain(x, kernel, 1, padding)
 
 
-def _forward(x, kernel):
-    return _convolve(x, kernel), (x, kernel)
+def _forward(x, kernel, padding):
+    return plain(x, kernel, 1, padding), (x, kernel)
 
 
-def _backward(residuals, g):
+def _backward(padding, residuals, g):
     x, kernel = residuals
-    gx = _convolve(g, kernel[::-1, ::-1].transpose(0, 1, 3, 2))
-    return gx, _kernel_gradient(x, g).astype(kernel.dtype)
+    full = tuple((n - 1 - a, n - 1 - b) for n, (a, b) in zip(kernel.shape, padding, strict=False))
+    gx = plain(g, kernel[::-1, ::-1].transpose(0, 1, 3, 2), 1, full)
+    return gx, _kernel_gradient(x, g, kernel.shape, padding).astype(kernel.dtype)
 
 
-conv3x3.defvjp(_forward, _backward)
+conv_by_products.defvjp(_forward, _backward)
 
 
-def _kernel_gradient(x, g):
-    """d(loss)/d(kernel) [3,3,C,O], accumulated in float32 over chunks that stay in the cache.
+def _kernel_gradient(x, g, shape, padding):
+    """d(loss)/d(kernel) [h,w,C,O], accumulated in float32 over chunks that stay in the cache.
 
     Row shifts are laid side by side in the columns of x and column shifts in those of g, so that
-    one product of [3C, n] and [n, 3O] holds all nine taps: 6 copies instead of im2col's 9, and a
-    nearly square product.
+    one product of [h C, n] and [n, w O] holds all taps: for 3x3, 6 copies instead of im2col's 9,
+    and a nearly square product.
     """
-    B, H, W, C = x.shape
-    O = g.shape[-1]  # noqa: E741
+    h, w, C, O = shape  # noqa: E741
+    B, H, W, _ = g.shape
     n = IMAGES_A_CHUNK if B % IMAGES_A_CHUNK == 0 else 1
 
     def add_chunk(total, chunk):
         x, g = chunk
-        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        g = jnp.pad(g, ((0, 0), (0, 0), (2, 2), (0, 0)))
-        rows = jnp.concatenate([x[:, i : i + H] for i in range(3)], -1)
-        columns = jnp.concatenate([g[:, :, 2 - j : W + 4 - j] for j in range(3)], -1)
+        x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+        g = jnp.pad(g, ((0, 0), (0, 0), (w - 1, w - 1), (0, 0)))
+        rows = jnp.concatenate([x[:, i : i + H] for i in range(h)], -1)
+        columns = jnp.concatenate([g[:, :, w - 1 - j :][:, :, : W + w - 1] for j in range(w)], -1)
         product = jnp.einsum(
             "nc,no->co",
-            rows.reshape(-1, 3 * C),
-            columns.reshape(-1, 3 * O),
+            rows.reshape(-1, h * C),
+            columns.reshape(-1, w * O),
             preferred_element_type=jnp.float32,
         )
         return total + product, None
 
-    chunks = (x.reshape(B // n, n, H, W, C), g.reshape(B // n, n, H, W, O))
-    total, _ = lax.scan(add_chunk, jnp.zeros((3 * C, 3 * O), jnp.float32), chunks)
-    return total.reshape(3, C, 3, O).transpose(0, 2, 1, 3)
+    chunks = (x.reshape(B // n, n, *x.shape[1:]), g.reshape(B // n, n, H, W, O))
+    total, _ = lax.scan(add_chunk, jnp.zeros((h * C, w * O), jnp.float32), chunks)
+    return total.reshape(h, C, w, O).transpose(0, 2, 1, 3)
+
+
+def convolve_doubled(x, kernel):
+    """3x3 convolution of `x` with every pixel doubled in height and width: [B,2H,2W,O].
+
+    A doubled neighbour is the same number twice, so each of the four output phases is a 2x2
+    convolution of `x` itself with summed taps: 4/9 of the products (measured on a CPU, with
+    gradients: 1.5 times faster).
+    """
+    B, H, W, _ = x.shape
+    if jax.default_backend() != "cpu":
+        doubled = jnp.broadcast_to(x[:, :, None, :, None], (B, H, 2, W, 2, x.shape[-1]))
+        return convolve(doubled.reshape(B, 2 * H, 2 * W, -1), kernel)
+    phases = [
+        [convolve(x, columns, 1, ((1 - p, p), (1 - q, q))) for q, columns in _phases(rows, 1)]
+        for p, rows in _phases(kernel, 0)
+    ]
+    out = jnp.stack([jnp.stack(row, 3) for row in phases], 2)  # [B,H,2,W,2,O]
+    return out.reshape(B, 2 * H, 2 * W, -1)
+
+
+def _phases(kernel, axis):
+    """(phase, kernel with 2 taps on `axis`): an even output reads 1+2 taps, an odd one 2+1."""
+    first, middle, last = jnp.split(kernel, 3, axis)
+    even = jnp.concatenate([first, middle + last], axis)
+    odd = jnp.concatenate([first + middle, last], axis)
+    return enumerate((even, odd))
 
 
 class Conv(nn.Module):
-    """2-D convolution with bias; the parameters of `nn.Conv`, explicit padding as in PyTorch."""
+    """2-D convolution with bias; the parameters of `nn.Conv`, explicit padding as in PyTorch.
+
+    `doubled`: of the input with every pixel doubled in height and width.
+    """
 
     features: int
     kernel_size: int = 3
     strides: int = 1
     padding: tuple = SAME3
     dtype: jnp.dtype = jnp.float32
+    doubled: bool = False
 
     @nn.compact
     def __call__(self, x):
@@ -97,6 +131,8 @@ class Conv(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         padding = ((0, 0), (0, 0)) if self.kernel_size == 1 else self.padding
         x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
+        if self.doubled:
+            return convolve_doubled(x, kernel) + bias
         return convolve(x, kernel, self.strides, padding) + bias
 
 
@@ -170,6 +206,4 @@ class Upsample(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        B, H, W, C = x.shape
-        x = jnp.broadcast_to(x[:, :, None, :, None], (B, H, 2, W, 2, C))
-        return Conv(C, dtype=self.dtype, name="conv")(x.reshape(B, 2 * H, 2 * W, C))
+        return Conv(x.shape[-1], dtype=self.dtype, doubled=True, name="conv")(x)

@@ -36,7 +36,7 @@ def pair(name):
     """(PyTorch model, module, converted parameters) of one config."""
     config = dict(vocab_size=101, d_model=32, **CONFIGS[name])
     torch.manual_seed(0)
-    theirs = perturb(T5EncoderModel(T5Config(**config)), scale=0.3)
+    theirs = perturb(T5EncoderModel(T5Config(**config)))
     tensors = {k: v for k, v in theirs.state_dict().items() if "embed_tokens" not in k}
     return theirs, T5Encoder(**config), convert(tensors, ["encoder.block"], [BIAS])
 

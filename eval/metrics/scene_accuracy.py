@@ -1,0 +1,270 @@
+"""Scene accuracy: is each prompted object, style, background and relation found in the picture?
+
+The pictures are read by the scene checker (`scene_checker.py`), which was fitted on real scenes
+only. A caption is judged only on what it says: an open background cannot be wrong.
+
+    python -m eval.metrics.scene_accuracy --fit      fits and writes the shipped checker
+    python -m eval.metrics.scene_accuracy --check    its accuracy on fresh ground-truth scenes
+"""
+
+import argparse
+import functools
+import time
+from pathlib import Path
+
+import numpy as np
+
+from cnxs_jax import errors
+from cnxs_jax.data import emoji_scenes
+from cnxs_jax.data.scenes import SPLITS, make_scene
+from eval.metrics import scene_checker
+
+CHECKER = Path(emoji_scenes.__file__).parent.parent / "assets" / "scene_checker"
+ITEMS = ("objects", "style", "background", "relation")
+COVERED = 0.08  # of the back object, at least, for "in front of" (the world covers 0.15 to 0.5)
+Z95 = 1.959963984540054
+
+
+def judge(detections, background, prompt):
+    """Verdicts {item: bool} of one picture on what its prompt says.
+
+    Args:
+        detections: `scene_checker.Detection`s; the best one of a concept counts, and a concept
+            prompted k times needs k detections.
+        background: background word read from the picture.
+        prompt: {"concepts", "style", "background", "relation"}, None where the caption is silent.
+
+    Returns:
+        {"object 0": …, "object 1": …, "style": …, "background": …, "relation": …}, only the items
+        that the prompt has. The style is right if every prompted object that was found wears it.
+    """
+    pool = list(detections)
+    found = []
+    for concept in prompt["concepts"]:
+        match = next((d for d in pool if d.concept == concept), None)
+        if match is not None:
+            pool.remove(match)
+        found.append(match)
+    verdicts = {f"object {i}": d is not None for i, d in enumerate(found)}
+    if prompt["style"] is not None:
+        seen = [d.style for d in found if d is not None]
+        verdicts["style"] = bool(seen) and all(s == prompt["style"] for s in seen)
+    if prompt["background"] is not None:
+        verdicts["background"] = background == prompt["background"]
+    if prompt["relation"] is not None:
+        by_concept = dict(zip(prompt["concepts"], found, strict=True))
+        first, kind, second = prompt["relation"]
+        verdicts["relation"] = related(by_concept.get(first), kind, by_concept.get(second))
+    return verdicts
+
+
+def related(first, kind, second):
+    """Whether two detections stand in the relation; a missing one never does.
+
+    "left of" and "above": by centres, and more along the axis than across it. "in front of": the
+    second one is covered, more than the first, and they touch.
+    """
+    if first is None or second is None:
+        return False
+    dy, dx = second.y - first.y, second.x - first.x
+    if kind == "left of":
+        return dx > abs(dy)
+    if kind == "above":
+        return dy > abs(dx)
+    near = np.hypot(dy, dx) < 0.8 * (first.size + second.size)
+    return bool(near and second.covered > max(first.covered, COVERED))
+
+
+def extra_objects(detections, prompt):
+    """Number of detections beyond the prompted ones."""
+    left = list(prompt["concepts"])
+    return sum(not _take(left, d.concept) for d in detections)
+
+
+def _take(words, word):
+    if word in words:
+        words.remove(word)
+        return True
+    return False
+
+
+def score(read, images, prompts, chance_rounds=20, seed=0):
+    """Scene accuracy of pictures.
+
+    Args:
+        read: from `load_checker`.
+        images: uint8 `[N, H, W, 3]`.
+        prompts: N prompt dicts (`judge`).
+        chance_rounds: reshuffles of the prompts among the pictures for the chance level.
+
+    Returns:
+        (figures, verdicts): `figures` has `objects`, `style`, `background`, `relation` (per item),
+        `items` (mean over all items), `all_correct` (per picture), each {"value", "low", "high",
+        "n", "chance"}, and `extra_objects` (mean number a picture). Intervals are 95 %: Wilson for
+        one verdict a picture, bootstrap over pictures for several. `verdicts` has `judge`'s dicts.
+    """
+    if len(images) != len(prompts) or not len(prompts):
+        raise errors.DataError(
+            f"{len(images)} pictures for {len(prompts)} prompts", "scene_accuracy"
+        )
+    found, backgrounds = read(images)
+    verdicts = [judge(*x) for x in zip(found, backgrounds, prompts, strict=True)]
+    figures = summarise(verdicts, seed)
+    rng = np.random.default_rng(seed)
+    chance = []
+    for _ in range(chance_rounds):
+        order = rng.permutation(len(prompts))
+        moved = [judge(f, b, prompts[i]) for f, b, i in zip(found, backgrounds, order, strict=True)]
+        chance.append(rates(moved))
+    for name in figures:
+        figures[name]["chance"] = float(np.mean([c[name] for c in chance]))
+    extra = [extra_objects(f, p) for f, p in zip(found, prompts, strict=True)]
+    figures["extra_objects"] = {"value": float(np.mean(extra)), "n": len(extra)}
+    return figures, verdicts
+
+
+def _counts(verdicts):
+    """{name: (right [N], total [N])} a picture, for each of ITEMS, `items` and `all_correct`."""
+    kinds = {name: [] for name in ITEMS}
+    for v in verdicts:
+        groups = {name: [] for name in ITEMS}
+        for item, ok in v.items():
+            groups["objects" if item.startswith("object ") else item].append(ok)
+        for name in ITEMS:
+            kinds[name].append((sum(groups[name]), len(groups[name])))
+    out = {name: np.array(pairs, np.float64).T for name, pairs in kinds.items()}
+    out["items"] = sum(out[name] for name in ITEMS)
+    out["all_correct"] = np.array([[all(v.values()) for v in verdicts], [1] * len(verdicts)], float)
+    return {name: pair for name, pair in out.items() if pair[1].sum()}
+
+
+def rates(verdicts):
+    """{name: fraction right} for every kind of item that occurs, `items` and `all_correct`."""
+    return {name: float(ok.sum() / n.sum()) for name, (ok, n) in _counts(verdicts).items()}
+
+
+def summarise(verdicts, seed=0, resamples=1000):
+    """{name: {"value", "low", "high", "n"}} of verdicts; see `score`."""
+    rng = np.random.default_rng(seed)
+    picks = rng.integers(0, len(verdicts), (resamples, len(verdicts)))
+    out = {}
+    for name, (ok, n) in _counts(verdicts).items():
+        if n.max() <= 1:
+            low, high = wilson(ok.sum(), n.sum())
+        else:
+            ratios = ok[picks].sum(1) / np.maximum(n[picks].sum(1), 1)
+            low, high = np.quantile(ratios, [0.025, 0.975])
+        value = float(ok.sum() / n.sum())
+        out[name] = {"value": value, "low": float(low), "high": float(high), "n": int(n.sum())}
+    return out
+
+
+def wilson(right, total):
+    """Wilson's 95 % score interval of a proportion."""
+    p, z2 = right / total, Z95**2
+    centre = (p + z2 / (2 * total)) / (1 + z2 / total)
+    half = Z95 * np.sqrt(p * (1 - p) / total + z2 / (4 * total**2)) / (1 + z2 / total)
+    return max(centre - half, 0.0), min(centre + half, 1.0)
+
+
+@functools.cache
+def load_checker(directory=CHECKER):
+    """`read(images)` of the shipped checker; CheckpointError if it is missing or damaged."""
+    return scene_checker.reader(*scene_checker.load(directory))
+
+
+def vocabulary(world):
+    """The checker's words for a `scenes.World`."""
+    return scene_checker.Vocabulary(world.concepts, world.styles, tuple(world.backgrounds))
+
+
+def truth(scene):
+    """A scene's objects as the checker's targets: (concept, style, y, x, size, covered)."""
+    rows = []
+    for o in scene["objects"]:
+        x0, y0, x1, y1 = o["box"]
+        centre = ((y0 + y1) / 2, (x0 + x1) / 2)
+        rows.append((o["concept"], o["style"], *centre, o["extent"], 1 - o["visible"]))
+    return rows
+
+
+def real_scenes(world, number, seed, splits=SPLITS, size=64):
+    """Ground-truth scenes of all splits in turn: the checker must know every held-out pair."""
+    rng = np.random.default_rng([seed, number])
+    kinds = [splits[i % len(splits)] for i in range(number)]
+    return [make_scene(world, rng, size=size, split=s, truth=False) for s in kinds]
+
+
+def training_batch(world, step, batch_size):
+    """(images, targets) of fresh scenes for one step; seeds apart from those of `check`."""
+    scenes = real_scenes(world, batch_size, 1_000_000 + step)
+    words = vocabulary(world)
+    target = scene_checker.targets([truth(s) for s in scenes], words, 64)
+    backgrounds = [words.backgrounds.index(s["background"]) for s in scenes]
+    target["background"] = np.array(backgrounds, np.int32)
+    return np.stack([s["image"] for s in scenes]), target
+
+
+def fit(directory, num_steps=2400, batch_size=16, log=print):
+    """Fits the checker of the default world on real scenes and writes it to `directory`."""
+    world, begin = emoji_scenes.world(), time.time()
+    sample = functools.partial(training_batch, world, batch_size=batch_size)
+    words = vocabulary(world)
+    _, params = scene_checker.fit(sample, words, num_steps, batch_size, log=log)
+    info = {
+        "command": "python -m eval.metrics.scene_accuracy --fit",
+        "scenes": num_steps * batch_size,
+        "seconds": round(time.time() - begin),
+    }
+    scene_checker.save(directory, params, words, info)
+    return info
+
+
+def shown(scene):
+    """The prompt that says everything a scene shows."""
+    keys = ("style", "background", "relation")
+    return {"concepts": [o["concept"] for o in scene["objects"]], **{k: scene[k] for k in keys}}
+
+
+def check(read, number=2000, seed=0, change=None):
+    """Scores ground-truth scenes, asked for everything they show.
+
+    Args:
+        change: function on uint8 images `[N,H,W,3]`, such as an autoencoder's round trip.
+    """
+    scenes = real_scenes(emoji_scenes.world(), number, seed)
+    images = np.stack([s["image"] for s in scenes])
+    images = images if change is None else change(images)
+    return score(read, images, [shown(s) for s in scenes])[0]
+
+
+def blur(images, radius=1.0):
+    """Gaussian blur, standard deviation in pixels: a stand-in for an autoencoder."""
+    from PIL import Image, ImageFilter
+
+    soft = ImageFilter.GaussianBlur(radius)
+    return np.stack([np.asarray(Image.fromarray(i).filter(soft)) for i in images])
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--fit", action="store_true", help="fit the checker on real scenes")
+    parser.add_argument("--check", action="store_true", help="accuracy on ground-truth scenes")
+    parser.add_argument("--directory", type=Path, default=CHECKER)
+    parser.add_argument("--num_steps", type=int, default=2400)
+    args = parser.parse_args(argv)
+    if not (args.fit or args.check):
+        raise errors.ConfigError("nothing to do", "arguments", "give --fit, --check or both")
+    if args.fit:
+        print(fit(args.directory, args.num_steps, log=lambda s: print(s, flush=True)))
+    if args.check:
+        read = load_checker(args.directory)
+        for name, change in {"ground truth": None, "blurred 1 px": blur}.items():
+            begin = time.time()
+            figures = check(read, change=change)
+            rate = 2000 / (time.time() - begin)
+            print(name, {k: round(v["value"], 4) for k, v in figures.items()}, f"{rate:.0f} img/s")
+
+
+if __name__ == "__main__":
+    errors.run_main(main)

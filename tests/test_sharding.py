@@ -1,0 +1,102 @@
+"""Meshes and placement rules."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from cnxs_jax import sharding
+from cnxs_jax.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return sharding.make_mesh({"data": 2, "fsdp": -1, "tensor": 2})
+
+
+def test_mesh_fills_the_free_axis_and_is_auto(mesh):
+    assert dict(mesh.shape) == {"expert": 1, "data": 2, "fsdp": 2, "tensor": 2}
+    assert set(mesh.axis_types) == {AxisType.Auto}
+    assert sharding.batch_parts(mesh) == 4
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ({"data": 3}, ("data=3", "8 devices")),
+        ({"data": 3, "fsdp": -1}, ("data=3", "8 devices")),
+        ({"data": -1, "fsdp": -1}, ("data and fsdp",)),
+        ({"dat": 8}, ('"data"',)),
+        ({"data": 0}, ("0", "positive")),
+        ({"data": 2.0}, ("2.0",)),
+    ],
+)
+def test_impossible_meshes_name_both_values(spec, words):
+    with pytest.raises(ConfigError) as error:
+        sharding.make_mesh(spec)
+    assert all(word in str(error.value) for word in words)
+
+
+def specs(tree, mesh, rules=(), **options):
+    placed = sharding.shardings(tree, mesh, rules, **options)
+    return jax.tree.map(lambda s: s.spec, placed)
+
+
+def test_first_rule_wins_and_is_right_aligned(mesh):
+    tree = {"blocks": {"q": {"kernel": jnp.zeros((3, 8, 4))}}, "q": {"kernel": jnp.zeros((8, 4))}}
+    rules = ((r"q/kernel", ("fsdp", "tensor")), (r".*", (None,)))
+    got = specs(tree, mesh, rules)
+    assert got["blocks"]["q"]["kernel"] == P(None, "fsdp", "tensor")
+    assert got["q"]["kernel"] == P("fsdp", "tensor")
+
+
+def test_moments_follow_their_parameter(mesh):
+    params = {"q": {"kernel": jnp.zeros((8, 4)), "bias": jnp.zeros(4)}}
+    state = {"params": params, "opt": optax.adamw(1e-3).init(params)}
+    got = specs(state, mesh, ((r"q/kernel", ("fsdp", "tensor")),))
+    assert got["opt"][0].mu["q"]["kernel"] == P("fsdp", "tensor")
+    assert got["opt"][0].nu["q"]["kernel"] == P("fsdp", "tensor")
+    assert got["opt"][0].count == P()
+    assert got["opt"][0].mu["q"]["bias"] == P()
+
+
+def test_an_axis_that_does_not_divide_is_dropped_with_a_word(mesh, caplog):
+    got = specs({"q": jnp.zeros((8, 5))}, mesh, ((r"q", ("fsdp", "tensor")),))
+    assert got["q"] == P("fsdp", None)
+    assert "5 is not divisible by tensor=2" in caplog.text
+
+
+def test_unmatched_large_arrays_go_to_fsdp_on_their_largest_axis(mesh):
+    tree = {"large": jnp.zeros((3, 8, 6)), "small": jnp.zeros((2, 2)), "odd": jnp.zeros((65, 3))}
+    got = specs(tree, mesh, auto_bytes=100)
+    assert got == {"large": P(None, "fsdp"), "small": P(), "odd": P()}
+
+
+def test_a_rule_that_matches_nothing_is_an_error(mesh):
+    with pytest.raises(ConfigError, match="matches no parameter"):
+        specs({"q": jnp.zeros((8, 4))}, mesh, ((r"k", ("fsdp",)),))
+    assert specs({"q": jnp.zeros((8, 4))}, mesh, ((r"k", ("fsdp",)),), strict=False)["q"] == P()
+
+
+def test_a_rule_with_an_unknown_axis_is_an_error(mesh):
+    with pytest.raises(ConfigError, match='Did you mean "tensor"'):
+        specs({"q": jnp.zeros((8, 4))}, mesh, ((r"q", ("tensr",)),))
+
+
+def test_batch_rows_lie_on_data_and_fsdp(mesh):
+    batch = sharding.put_batch({"x": np.arange(8.0).reshape(8, 1)}, mesh)
+    rows = {tuple(np.asarray(s.data).ravel()) for s in batch["x"].addressable_shards}
+    assert rows == {(0.0, 1.0), (2.0, 3.0), (4.0, 5.0), (6.0, 7.0)}
+
+
+def test_constrain_acts_under_a_mesh_only(mesh):
+    def f(x):
+        return sharding.constrain(x * 2, ("data", "fsdp"), None)
+
+    x = np.ones((8, 2), np.float32)
+    np.testing.assert_array_equal(jax.jit(f)(x), 2 * x)
+    with jax.set_mesh(mesh):
+        assert jax.jit(f)(x).sharding.spec == P(("data", "fsdp"), None)

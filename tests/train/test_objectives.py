@@ -1,0 +1,154 @@
+"""Objectives: what they are zero for, where their gradients go, which timesteps they draw."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cnxs_jax.diffusion import prediction as predictions
+from cnxs_jax.diffusion import schedule
+from cnxs_jax.errors import ConfigError
+from train import objectives
+
+LINEAR = schedule.linear()
+X = jax.random.normal(jax.random.key(1), (64, 4, 4, 2)) * 0.5
+BATCH = {"x": X, "cond": {}}
+KEY = jax.random.key(2)
+
+
+def oracle(prediction, learned=0.0, error=0.0):
+    """The network that knows x0; `learned` fills the variance channels."""
+
+    def denoise(params, x_t, t, cond):
+        alpha = schedule.expand(LINEAR.alpha(t), X)
+        sigma = schedule.expand(LINEAR.sigma(t), X)
+        noise = (x_t - alpha * X) / sigma
+        out = predictions.target(LINEAR, X, noise, t, prediction) + error
+        return jnp.concatenate([out, jnp.full_like(out, learned)], axis=-1)
+
+    return denoise
+
+
+@pytest.mark.parametrize("prediction", schedule.PREDICTIONS)
+def test_perfect_network_has_no_loss(prediction):
+    loss, _ = objectives.denoise(oracle(prediction), LINEAR, prediction=prediction)(
+        {}, {}, {}, BATCH, KEY
+    )
+    assert float(loss) < 1e-9
+
+
+@pytest.mark.parametrize("prediction", schedule.PREDICTIONS)
+def test_min_snr_weighs_the_same_x0_error_alike(prediction):
+    """An error in x0 costs min(SNR, 5) times its square, whatever the network predicts."""
+
+    def off_by_one(params, x_t, t, cond):
+        alpha, sigma = (schedule.expand(f(t), X) for f in (LINEAR.alpha, LINEAR.sigma))
+        x0 = X + 1.0
+        return predictions.target(LINEAR, x0, (x_t - alpha * x0) / sigma, t, prediction)
+
+    seen = []
+
+    def spy(params, x_t, t, cond):
+        seen.append(t)
+        return off_by_one(params, x_t, t, cond)
+
+    loss, _ = objectives.denoise(spy, LINEAR, prediction=prediction, loss_weighting="min_snr")(
+        {}, {}, {}, BATCH, KEY
+    )
+    abar = LINEAR.alphas_cumprod[np.asarray(seen[0])]
+    assert float(loss) == pytest.approx(np.minimum(abar / (1 - abar), 5).mean(), rel=2e-3)
+
+
+def test_bound_is_zero_at_the_true_variance_and_positive_elsewhere():
+    """With the true mean, raw -1 is the posterior's own variance: KL 0 (t > 0)."""
+
+    def bound(learned):
+        objective = objectives.denoise(
+            oracle("epsilon", learned), LINEAR, learned_range=True, t_range=(1, 1000)
+        )
+        return float(objective({}, {}, {}, BATCH, KEY)[1]["vb"])
+
+    assert abs(bound(-1.0)) < 1e-6
+    assert bound(1.0) > 1e-5
+
+
+def test_bound_moves_the_variance_and_not_the_mean():
+    def loss(params, learned_range):
+        def network(p, x_t, t, cond):
+            return oracle("epsilon")(p, x_t, t, cond) + jnp.concatenate(
+                [jnp.full_like(X, 1.0) * p["mean"], jnp.full_like(X, 1.0) * p["var"]], axis=-1
+            )
+
+        objective = objectives.denoise(network, LINEAR, learned_range=learned_range)
+        return objective(params, {}, {}, BATCH, KEY)[0]
+
+    params = {"mean": jnp.float32(0.1), "var": jnp.float32(0.2)}
+    with_bound, without = (jax.grad(loss)(params, flag) for flag in (True, False))
+    assert float(with_bound["mean"]) == pytest.approx(float(without["mean"]), rel=1e-6)
+    assert float(without["var"]) == 0.0
+    assert abs(float(with_bound["var"])) > 1e-4
+
+
+def test_timesteps_stay_in_their_range_and_fill_it():
+    seen = []
+
+    def spy(params, x_t, t, cond):
+        seen.append(np.asarray(t))
+        return x_t
+
+    objective = objectives.denoise(spy, LINEAR, t_range=(100, 110))
+    for i in range(5):
+        objective({}, {}, {}, BATCH, jax.random.key(i))
+    assert set(np.concatenate(seen)) == set(range(100, 110))
+
+
+def test_draws_do_not_depend_on_the_batch():
+    keys = jax.random.split(KEY, 8)
+    t, noise = objectives.draw(keys, X[:8], 0, 1000)
+    t_half, noise_half = objectives.draw(keys[4:], X[4:8], 0, 1000)
+    np.testing.assert_array_equal(t[4:], t_half)
+    np.testing.assert_array_equal(noise[4:], noise_half)
+    assert len(set(np.asarray(t))) > 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prediction": "eps"},
+        {"loss_weighting": "minsnr"},
+        {"t_range": (0, 1001)},
+        {"t_range": (5, 5)},
+        {"t_range": (-1, 5)},
+    ],
+)
+def test_impossible_options_are_refused(options):
+    with pytest.raises(ConfigError):
+        objectives.denoise(oracle("epsilon"), LINEAR, **options)
+
+
+def test_consistency_needs_null_and_a_dividing_grid():
+    with pytest.raises(ConfigError, match="unconditional"):
+        objectives.consistency(oracle("epsilon"), oracle("epsilon"), LINEAR)(
+            {}, {}, {"teacher": {}}, BATCH, KEY
+        )
+    with pytest.raises(ConfigError):
+        objectives.consistency(oracle("epsilon"), oracle("epsilon"), LINEAR, num_ddim_steps=2000)
+
+
+def test_autoencoder_edges_see_what_l1_does_not():
+    """A constant offset has no edges; a checkerboard of the same size has."""
+
+    def loss(pattern, edge):
+        objective = objectives.autoencode(
+            lambda p, x: (jnp.zeros((64, 1, 1, 1)), jnp.zeros((64, 1, 1, 1))),
+            lambda p, z: X + pattern,
+            l2=0.0,
+            kl=0.0,
+            edge=edge,
+        )
+        return float(objective({}, {}, {}, BATCH, KEY)[0])
+
+    checker = jnp.asarray(np.indices((4, 4)).sum(0) % 2 * 2.0 - 1.0)[None, :, :, None]
+    assert loss(jnp.ones((1, 1, 1, 1)), 1.0) == pytest.approx(1.0, abs=1e-5)
+    assert loss(checker, 0.0) == pytest.approx(1.0, abs=1e-5)
+    assert loss(checker, 1.0) == pytest.approx(5.0, abs=1e-4)

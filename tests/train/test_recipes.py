@@ -1,0 +1,104 @@
+"""The recipes from start to end at their smallest: VAE, teacher, student, and what they export."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import cnxs_jax
+import configs.pixart
+import configs.pixart_lcm
+from cnxs_jax import tree as trees
+from cnxs_jax.errors import ConfigError
+from train import log, loop
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """Workdir of `configs/pixart.py:smoke`."""
+    workdir = tmp_path_factory.mktemp("pixart")
+    loop.main(configs.pixart.get_config("smoke"), workdir)
+    return workdir
+
+
+def lcm(teacher, **changes):
+    config = configs.pixart_lcm.get_config("smoke")
+    config.teacher_path = str(teacher / "teacher" / "export")
+    config.data.size = 32
+    config.update(changes)
+    return config
+
+
+@pytest.fixture(scope="module")
+def student(teacher, tmp_path_factory):
+    """Workdir of `configs/pixart_lcm.py:smoke` on that teacher."""
+    workdir = tmp_path_factory.mktemp("lcm")
+    loop.main(lcm(teacher), workdir)
+    return workdir
+
+
+def test_the_teacher_is_a_pipeline_with_its_vae_scaled(teacher):
+    pipe = cnxs_jax.load_pipeline(teacher / "teacher" / "export")
+    images = pipe(["a red book"] * 2, num_inference_steps=2, output_type="np").images
+    assert images.shape == (2, 32, 32, 3)
+    vae = json.loads((teacher / "vae" / "export" / "vae" / "config.json").read_text())
+    assert vae["scaling_factor"] != 0.18215
+    assert pipe.components["vae"].module.scaling_factor == vae["scaling_factor"]
+
+
+def test_text_encoder_and_transformer_both_learn(teacher):
+    """Both exported trees differ from their initial values (EMA of six steps)."""
+    config = loop.expand(configs.pixart.get_config("smoke").teacher, teacher)
+    key = jax.random.split(jax.random.key(config.seed), 3)[0]
+    first = trees.flatten(jax.jit(loop.build_task(config).params)(key))
+    for part in ("transformer", "text_encoder"):
+        _, params = cnxs_jax.load_model(teacher / "teacher" / "export", part)
+        moved = [
+            np.abs(np.asarray(value) - np.asarray(first[f"{part}/{path}"])).max()
+            for path, value in trees.flatten(params).items()
+        ]
+        assert np.mean(np.array(moved) > 1e-6) > 0.5
+
+
+def test_the_student_starts_as_its_teacher_and_leaves_it(teacher, student):
+    losses = [line["loss"] for line in log.read_metrics(student / "metrics.jsonl")]
+    assert len(losses) == 4
+    assert np.isfinite(losses).all()
+    _, before = cnxs_jax.load_model(teacher / "teacher" / "export", "transformer")
+    _, after = cnxs_jax.load_model(student / "export", "transformer")
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), before, after)
+    assert 0 < max(jax.tree.leaves(moved)) < 0.01
+    for part in ("vae", "text_encoder"):
+        pair = [cnxs_jax.load_model(p, part)[1] for p in (teacher / "teacher" / "export",
+                                                          student / "export")]  # fmt: skip
+        jax.tree.map(np.testing.assert_array_equal, *pair)
+
+
+def test_the_student_draws_in_four_steps_by_default(student):
+    pipe = cnxs_jax.load_pipeline(student / "export")
+    result = pipe("a red book", output_type="np")
+    assert result.parameters[0]["scheduler"] == "LCMScheduler"
+    assert result.parameters[0]["steps"] == 4
+    with Image.open(student / "samples" / "00000004.png") as picture:
+        assert picture.size == (8 * 32, 2 * 32)
+
+
+def test_a_tokenizer_larger_than_the_table_is_refused(teacher, tmp_path):
+    config = loop.expand(configs.pixart.get_config("smoke").teacher, teacher)
+    config.text_encoder.vocab_size = 100
+    with pytest.raises(ConfigError, match="vocab_size 100 is less"):
+        loop.main(config, tmp_path)
+
+
+def test_freezing_by_pattern_keeps_those_weights(teacher, tmp_path):
+    loop.main(lcm(teacher, freeze=("transformer_blocks/attn2/.*",)), tmp_path)
+    _, before = cnxs_jax.load_model(teacher / "teacher" / "export", "transformer")
+    _, after = cnxs_jax.load_model(tmp_path / "export", "transformer")
+    before, after = trees.flatten(before), trees.flatten(after)
+    for path, value in after.items():
+        same = np.array_equal(value, before[path])
+        if "/attn2/" in path:
+            assert same, path
+    assert not np.array_equal(after["proj_out/kernel"], before["proj_out/kernel"])
