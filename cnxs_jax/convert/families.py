@@ -28,7 +28,7 @@ class Family:
         save_table: what writes them, where it is another.
         example: module -> arguments for `init`, as small as they can be.
         supported: {config key: allowed values}; anything else would compute something different.
-        constants: config keys without a field, written for the PyTorch side.
+        extras: module -> config keys without a field, written for the PyTorch side.
         stem: name of the weight file.
     """
 
@@ -37,7 +37,7 @@ class Family:
     table: Table
     example: typing.Callable
     supported: dict
-    constants: dict
+    extras: typing.Callable
     stem: str = "diffusion_pytorch_model"
     save_table: Table | None = None
 
@@ -57,13 +57,43 @@ def pixart_example(module):
     return jnp.zeros((1, p, p, module.in_channels)), jnp.zeros((1,)), cond
 
 
+def pixart_extras(module):
+    return {
+        "norm_type": "ada_norm_single",
+        "activation_fn": "gelu-approximate",
+        "attention_bias": True,
+        "norm_elementwise_affine": False,
+        "norm_eps": 1e-6,
+        "num_embeds_ada_norm": 1000,
+    }
+
+
 def vae_example(module):
     side = 2 ** (len(module.block_out_channels) - 1)
     return (jnp.zeros((1, side, side, module.in_channels)),)
 
 
+def vae_extras(module):
+    n = len(module.block_out_channels)
+    return {
+        "down_block_types": ["DownEncoderBlock2D"] * n,
+        "up_block_types": ["UpDecoderBlock2D"] * n,
+    }
+
+
 def t5_example(module):
     return jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), jnp.int32)
+
+
+def t5_extras(module):
+    return {
+        "model_type": "t5",
+        "is_encoder_decoder": False,
+        "use_cache": False,
+        "tie_word_embeddings": True,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+    }
 
 
 FAMILIES = (
@@ -80,14 +110,7 @@ FAMILIES = (
             "norm_eps": (1e-6,),
             "attention_type": ("default",),
         },
-        constants={
-            "norm_type": "ada_norm_single",
-            "activation_fn": "gelu-approximate",
-            "attention_bias": True,
-            "norm_elementwise_affine": False,
-            "norm_eps": 1e-6,
-            "num_embeds_ada_norm": 1000,
-        },
+        extras=pixart_extras,
     ),
     Family(
         ("AutoencoderKL",),
@@ -101,7 +124,7 @@ FAMILIES = (
             "latents_mean": (None,),
             "latents_std": (None,),
         },
-        constants={},
+        extras=vae_extras,
         save_table=vae.DIFFUSERS,
     ),
     Family(
@@ -110,14 +133,7 @@ FAMILIES = (
         t5.TRANSFORMERS,
         t5_example,
         supported={"model_type": ("t5",)},
-        constants={
-            "model_type": "t5",
-            "is_encoder_decoder": False,
-            "use_cache": False,
-            "tie_word_embeddings": True,
-            "pad_token_id": 0,
-            "eos_token_id": 1,
-        },
+        extras=t5_extras,
         stem="model",
     ),
 )
@@ -206,4 +222,4 @@ def config_of(module):
         head = {"architectures": [family.classes[0]]}
     else:
         head = {"_class_name": family.classes[0]}
-    return {**head, **family.constants, **fields}
+    return {**head, **family.extras(module), **fields}

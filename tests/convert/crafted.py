@@ -58,7 +58,9 @@ BAD_SAFETENSORS = {
     "header_is_list": safetensors(b'["a"]', bytes(8)),
     "bad_utf8": safetensors(b'{"\xff\xfe": 1}'),
     "no_json": safetensors(b'{"a": }     '),
-    "nan_literal": safetensors(b'{"a": {"dtype":"F32","shape":[NaN],"data_offsets":[0,4]}}', bytes(4)),
+    "nan_literal": safetensors(
+        b'{"a": {"dtype":"F32","shape":[NaN],"data_offsets":[0,4]}}', bytes(4)
+    ),
     "deep_json": safetensors(b'{"a":' + b"[" * 200_000, bytes(8)),
     "huge_integer": safetensors(b'{"a": ' + b"9" * 100_000 + b"}", bytes(8)),
     "duplicate_key": safetensors(

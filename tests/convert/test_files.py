@@ -15,7 +15,6 @@ from cnxs_jax.convert import files
 from cnxs_jax.errors import CheckpointError
 
 
-
 def refused(path):
     """The error that reading `path` raises; within a second, naming the file."""
     start = time.process_time()
@@ -224,7 +223,10 @@ def test_read_back_catches_a_disk_that_lies(tmp_path, monkeypatch):
 def test_reading_maps_the_file_instead_of_loading_it(tmp_path):
     path = tmp_path / "w.safetensors"
     n = 2**26
-    header = {"a": crafted.entry("F32", [n], 0, 4 * n), "b": crafted.entry("F32", [1], 4 * n, 4 * n + 4)}
+    header = {
+        "a": crafted.entry("F32", [n], 0, 4 * n),
+        "b": crafted.entry("F32", [1], 4 * n, 4 * n + 4),
+    }
     with open(path, "wb") as file:
         file.write(crafted.safetensors(header))
         file.truncate(file.tell() + 4 * n + 4)
