@@ -1,4 +1,4 @@
-"""Eight simulated devices for every test, a compilation cache, and strict rank promotion."""
+"""Eight simulated devices for every test and a compilation cache."""
 
 import os
 import pathlib
@@ -7,7 +7,6 @@ import warnings
 import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_numpy_rank_promotion", "raise")
 
 _CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache"))
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 
 from cnxs_jax import sharding
 from cnxs_jax.data import text as texts_to_tokens
+from cnxs_jax.data.caption_cleaning import clean_caption
 from cnxs_jax.pipelines.base import Pipeline, encode_text
 from cnxs_jax.pipelines.sizes import bins, nearest_bin
 
@@ -75,8 +76,7 @@ class PixArtAlphaPipeline(Pipeline):
 
     def _embed(self, texts):
         """Encoded text [B,L,D] and mask [B,L] of a list of texts."""
-        # PixArt lower-cases. Its removal of URLs and markup is left to whoever writes the captions.
-        texts = [text.lower().strip() for text in texts]
+        texts = [clean_caption(text) for text in texts]  # as in PixArt's training
         ids, mask = texts_to_tokens.tokenize(self.tokenizer, texts, self.max_tokens)
         ids, mask = jnp.asarray(ids), jnp.asarray(mask)
         text = encode_text(*self.components["text_encoder"], *self._rows((ids, mask)))
