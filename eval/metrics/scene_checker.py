@@ -20,6 +20,7 @@ from cnxs_jax.errors import CheckpointError, DataError
 
 STRIDE = 4
 FOCAL_POWER, NEAR_POWER = 2.0, 4.0  # alpha and beta of CenterNet's focal loss
+COVERED = 0.05  # an object of which more than this fraction is hidden counts as covered
 THRESHOLD = 0.35  # of an object's peak; chosen on real scenes, see `fit`
 
 
@@ -34,7 +35,7 @@ class Vocabulary:
 
 @dataclasses.dataclass(frozen=True)
 class Detection:
-    """One object found: words, centre and size in pixels, and how much of it is covered."""
+    """One object found: words, centre and size in pixels; probability that another covers it."""
 
     concept: str
     style: str
@@ -138,7 +139,7 @@ def targets(scenes, vocabulary, side):
             out["style"][b, m] = vocabulary.styles.index(style)
             out["shift"][b, m] = np.array([y, x]) / STRIDE - cell - 0.5
             out["size"][b, m] = np.log(size / 24)
-            out["covered"][b, m] = covered
+            out["covered"][b, m] = covered > COVERED
             out["valid"][b, m] = 1
     return out
 
@@ -230,20 +231,22 @@ def detect(outputs, vocabulary, threshold=THRESHOLD):
     return [sorted(f, key=lambda d: -d.score) for f in found]
 
 
-def fit(sample, vocabulary, num_steps, batch_size=32, learning_rate=2e-3, seed=0, log=print):
+def fit(sample, vocabulary, num_steps, params=None, learning_rate=2e-3, seed=0, log=print):
     """Fits a checker on real scenes.
 
     Args:
         sample: `sample(step) -> (images uint8 [B,H,W,3], target dict)`, fresh scenes each step.
         num_steps: AdamW steps under a one-cycle schedule.
+        params: to start from, random when None.
 
     Returns:
-        (module, params).
+        params.
     """
     module = make(vocabulary)
     images, _ = sample(0)
     key = jax.random.key(seed)
-    params = module.init(key, normalise(images[:1]))["params"]
+    if params is None:
+        params = module.init(key, normalise(images[:1]))["params"]
     schedule = optax.cosine_onecycle_schedule(num_steps, learning_rate, 0.1)
     optimizer = optax.chain(
         optax.clip_by_global_norm(5.0), optax.adamw(schedule, weight_decay=1e-3)
@@ -265,7 +268,7 @@ def fit(sample, vocabulary, num_steps, batch_size=32, learning_rate=2e-3, seed=0
         running = float(value) if running is None else 0.98 * running + 0.02 * float(value)
         if (i + 1) % 200 == 0:
             log(f"step {i + 1}/{num_steps}  loss {running:.4f}")
-    return module, params
+    return params
 
 
 def make(vocabulary):
