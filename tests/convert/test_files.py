@@ -6,13 +6,13 @@ import subprocess
 import sys
 import time
 
-import crafted
 import ml_dtypes
 import numpy as np
 import pytest
 
 from cnxs_jax.convert import files
 from cnxs_jax.errors import CheckpointError
+from tests.convert import crafted
 
 
 def refused(path):
