@@ -117,11 +117,18 @@ def tiny():
     config.optimizer.final_scale = 0.1
     config.optimizer.clip_norm = 1.0
     config.objective.prediction = "v_prediction"
+    config.report = ConfigDict()
+    config.report.num_prompts = 128
+    config.report.num_real = 1000
+    config.report.steps = (1, 2, 4, 8)
+    config.report.reference_steps = 50
+    config.report.solvers = ("DPM-Solver++",)
     return config
 
 
 def smoke(config):
     """A few steps, to test the plumbing."""
+    config.report = None
     config.steps, config.batch_size = 4, 8
     config.log_every, config.save_every, config.sample_every = 1, 2, 4
     config.optimizer.warmup_steps = 2

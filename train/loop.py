@@ -19,7 +19,7 @@ import cnxs_jax
 from cnxs_jax import checkpoint, sharding
 from cnxs_jax import tree as trees
 from cnxs_jax.errors import ConfigError, Stopped
-from train import optimizer, validate
+from train import optimizer, report, validate
 from train.log import Progress, StopSignal, Writer
 from train.step import init_state, make_step
 
@@ -78,8 +78,10 @@ def main(config, workdir, resume=False):
         for path, run_config in runs:
             if (path / "export").is_dir():
                 print(f"{path.name}: finished before, see {path / 'export'}", flush=True)
-                continue
-            run(run_config, path, resume)
+            else:
+                run(run_config, path, resume)
+            if lead:
+                report.write(run_config, path)
 
 
 def expand(config, root):

@@ -134,7 +134,6 @@ COMMON = {
     "rules": Optional(rules),
     "freeze": Optional(patterns),
     "resume": Optional(boolean),
-    "report": Optional(anything),
     "optimizer": {
         "name": choice(*optimizer.OPTIMIZERS),
         "learning_rate": number(0, 10, open_low=True),
@@ -177,7 +176,9 @@ def check_stage(values, where):
     """One stage: its keys, the task's keys, then their conflicts."""
     text(values.get("task"), f"{where}.task")
     extra, task_conflicts = task_tables(values["task"], f"{where}.task")
-    check_table(values, {**COMMON, **extra}, where)
+    from train import report  # it needs the checks above
+
+    check_table(values, {**COMMON, **extra, "report": Optional(report.KEYS)}, where)
     conflicts(values, where)
     if task_conflicts is not None:
         task_conflicts(values, where)
