@@ -130,7 +130,7 @@ class Conv(nn.Module):
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         padding = ((0, 0), (0, 0)) if self.kernel_size == 1 else self.padding
-        x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
+        x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias[None, None, None]))
         if self.doubled:
             return convolve_doubled(x, kernel) + bias
         return convolve(x, kernel, self.strides, padding) + bias
@@ -154,7 +154,8 @@ class GroupNorm(nn.Module):
         h = x.astype(jnp.float32)
         h = h - self._group_mean(h)
         inverse = lax.rsqrt(self._group_mean(jnp.square(h)) + self.epsilon)
-        return (h * (inverse * scale.astype(jnp.float32)) + bias).astype(self.dtype)
+        scale, bias = (p.astype(jnp.float32)[None, None, None] for p in (scale, bias))
+        return (h * (inverse * scale) + bias).astype(self.dtype)
 
     def _group_mean(self, x):
         """Means of the groups, repeated for their channels: [B,1,1,C]."""

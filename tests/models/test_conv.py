@@ -83,7 +83,8 @@ def test_group_norm_survives_a_large_mean():
     reference = np.asarray(x, np.float64).reshape(2, 48, 8, 4)
     reference = reference - reference.mean((1, 3), keepdims=True)
     reference /= np.sqrt(np.square(reference).mean((1, 3), keepdims=True) + 1e-6)
-    reference = reference.reshape(x.shape) * params["params"]["scale"] + params["params"]["bias"]
+    scale, bias = (np.asarray(params["params"][name]) for name in ("scale", "bias"))
+    reference = reference.reshape(x.shape) * scale + bias
     assert close(np.asarray(ours, np.float64), reference, 1e-4)
 
 
