@@ -1,6 +1,7 @@
 """`python -m cnxs_jax.convert SRC DST --to=diffusers|official`: weights from layout to layout."""
 
 import argparse
+import pathlib
 
 from cnxs_jax.errors import ConfigError, run_main
 
@@ -27,6 +28,12 @@ def main(argv=None):
         return show(args)
     if args.dst is None:
         raise ConfigError("DST is missing", "command line", "give where to write, or --list")
+    if args.to == "diffusers" and args.component is None and is_pipeline(args.src):
+        from cnxs_jax.pipelines.pipeline import load_pipeline, save_pipeline
+
+        save_pipeline(load_pipeline(args.src), args.dst, args.dtype)
+        print(f"{args.dst}: the whole pipeline, diffusers layout")
+        return 0
     module, params = load.load_model(args.src, args.component, args.config)
     null = None
     if type(module).__name__ == "PixArt":
@@ -39,14 +46,17 @@ def main(argv=None):
     return 0
 
 
+def is_pipeline(path):
+    """Whether `path` is a diffusers pipeline directory."""
+    return (pathlib.Path(path) / "model_index.json").is_file()
+
+
 def show(args):
     """Prints the tensors of a file or component without loading them."""
-    from pathlib import Path
-
     from cnxs_jax.convert.files import read_tensors
     from cnxs_jax.pipelines.load import component_directory, find_weights
 
-    source, which = Path(args.src), args.component
+    source, which = pathlib.Path(args.src), args.component
     if source.is_dir():
         source, which = find_weights(component_directory(source, which)), None
     tensors = read_tensors(source, which)

@@ -68,7 +68,7 @@ def load_pipeline(
     return family(components, tokenizer, config, null, mesh)
 
 
-def save_pipeline(pipe, path):
+def save_pipeline(pipe, path, dtype=None):
     """Writes `pipe` in diffusers' layout, whole or not at all.
 
     `diffusers.DiffusionPipeline.from_pretrained(path)` opens it. A learned null caption goes into
@@ -76,6 +76,7 @@ def save_pipeline(pipe, path):
 
     Args:
         path: a new or empty directory, or an earlier pipeline, which is replaced.
+        dtype: of the stored weights, "float32" or "bfloat16"; as they are unless given.
 
     Raises:
         ConfigError: `path` holds something else.
@@ -90,7 +91,7 @@ def save_pipeline(pipe, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     part = pathlib.Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
-        _write(pipe, part / "new")
+        _write(pipe, part / "new", dtype)
         if path.exists():
             path.rename(part / "old")
         (part / "new").rename(path)
@@ -100,7 +101,7 @@ def save_pipeline(pipe, path):
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _write(pipe, directory):
+def _write(pipe, directory, dtype):
     directory.mkdir()
     index = {"_class_name": pipe.class_name, "_diffusers_version": DIFFUSERS_VERSION}
     for name, (library, class_name) in pipe.classes.items():
@@ -111,7 +112,7 @@ def _write(pipe, directory):
             _write_tokenizer(pipe.tokenizer, directory / name)
         else:
             null = pipe.null_text if name == pipe.denoiser else None
-            save_model(*pipe.components[name], directory / name, null_caption=null)
+            save_model(*pipe.components[name], directory / name, dtype, null_caption=null)
         index[name] = [library, class_name]
     _write_json(directory / INDEX, index)
 

@@ -25,7 +25,7 @@ COVERED = 0.5  # probability above which the back object of "in front of" is cov
 BATCH = 16
 # (steps, fraction of scenes forced to have one object in front of another): such scenes are a
 # sixth of the world's, too few to learn them from in the time.
-PHASES = ((2400, 0.0), (1300, 0.6))
+PHASES = ((2400, 0.0), (1600, 0.6))
 Z95 = 1.959963984540054
 
 
