@@ -5,13 +5,13 @@ import json
 import jax
 import numpy as np
 import pytest
-from test_rules import PIXART, TINY_PIXART, random_params
 
 from cnxs_jax import tree
 from cnxs_jax.convert import families, files, pixart, rules
 from cnxs_jax.errors import CheckpointError, ConfigError
 from cnxs_jax.models.dit import PixArt
 from cnxs_jax.pipelines import load
+from tests.convert.test_rules import PIXART, TINY_PIXART, random_params
 
 
 @pytest.fixture

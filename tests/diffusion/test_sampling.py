@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy import replay
 
 from cnxs_jax.diffusion import experts, guidance, sampling, schedule, solvers
 from cnxs_jax.errors import ConfigError
+from tests.diffusion.toy import replay
 
 LINEAR = schedule.linear()
 SHAPE = (3, 4, 4, 2)

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from toy import STD, gaussian_error, replay
 
 from cnxs_jax.diffusion import experts, schedule, solvers
 from cnxs_jax.diffusion.integrals import lagrange_integrals
 from cnxs_jax.errors import ConfigError
+from tests.diffusion.toy import STD, gaussian_error, replay
 
 LINEAR = schedule.linear()
 EDM = schedule.edm()
