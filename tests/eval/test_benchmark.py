@@ -1,0 +1,35 @@
+"""The benchmark's arithmetic, and one tiny run of it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from eval import benchmark
+
+
+def test_closed_form_of_published_sizes():
+    """Counts of PyTorch's FlopCounterMode on the official modules, to three digits."""
+    for case, tera in (("pixart_xl_256", 0.298), ("pixart_xl_512", 1.236)):
+        values = benchmark.CASES[case]
+        flops = benchmark.closed_form_flops(values["config"], values["tokens"])
+        assert flops / 1e12 == pytest.approx(tera, rel=3e-3)
+
+
+def test_both_sides_run_in_every_repeat():
+    calls = []
+    program = benchmark.Program("p", lambda: calls.append("o"), lambda: calls.append("t"), 1.0)
+    (row,) = benchmark.measure([program], 4)
+    assert calls == ["o", "t"] + ["o", "t", "t", "o"] * 2
+    assert row["ratio min"] <= row["ratio"] <= row["ratio max"]
+
+
+@pytest.mark.parity
+def test_tiny_run_agrees_with_diffusers(tmp_path):
+    command = [sys.executable, "-m", "eval.benchmark", "--case=pixart_tiny", "--repeats=1"]
+    subprocess.run([*command, f"--out={tmp_path}"], check=True, capture_output=True)
+    content = json.loads((tmp_path / "benchmark.json").read_text())
+    assert float(content["facts"]["largest difference of one evaluation"]) < 1e-5
+    assert [r["program"] for r in content["rows"]][1:] == ["one evaluation", "4-step sampling"]
+    assert "4-step sampling" in (tmp_path / "benchmark.md").read_text()
