@@ -98,6 +98,7 @@ def published():
     config.max_to_keep = 2
     config.mesh = ConfigDict({"expert": 1, "data": -1, "fsdp": 1, "tensor": 1})
     config.rules = ()
+    config.freeze = ()  # patterns of parameters that stay the teacher's
     return config
 
 

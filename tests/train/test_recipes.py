@@ -1,6 +1,10 @@
 """The recipes from start to end at their smallest: VAE, teacher, student, and what they export."""
 
 import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -9,34 +13,42 @@ from PIL import Image
 
 import cnxs_jax
 import configs.pixart
-import configs.pixart_lcm
 from cnxs_jax import tree as trees
 from cnxs_jax.errors import ConfigError
 from train import log, loop
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def train(recipe, workdir, *flags):
+    """The command line on one device, as people run it."""
+    command = [sys.executable, "-m", "train", f"--config=configs/{recipe}", f"--workdir={workdir}"]
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
+    done = subprocess.run(
+        [*command, *flags], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return workdir
+
+
+def distil(teacher, workdir, *flags):
+    path = teacher / "teacher" / "export"
+    return train(
+        "pixart_lcm.py:smoke", workdir, f"--config.teacher_path={path}", "--config.data.size=32",
+        *flags,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     """Workdir of `configs/pixart.py:smoke`."""
-    workdir = tmp_path_factory.mktemp("pixart")
-    loop.main(configs.pixart.get_config("smoke"), workdir)
-    return workdir
-
-
-def lcm(teacher, **changes):
-    config = configs.pixart_lcm.get_config("smoke")
-    config.teacher_path = str(teacher / "teacher" / "export")
-    config.data.size = 32
-    config.update(changes)
-    return config
+    return train("pixart.py:smoke", tmp_path_factory.mktemp("pixart"))
 
 
 @pytest.fixture(scope="module")
 def student(teacher, tmp_path_factory):
     """Workdir of `configs/pixart_lcm.py:smoke` on that teacher."""
-    workdir = tmp_path_factory.mktemp("lcm")
-    loop.main(lcm(teacher), workdir)
-    return workdir
+    return distil(teacher, tmp_path_factory.mktemp("lcm"))
 
 
 def test_the_teacher_is_a_pipeline_with_its_vae_scaled(teacher):
@@ -93,7 +105,7 @@ def test_a_tokenizer_larger_than_the_table_is_refused(teacher, tmp_path):
 
 
 def test_freezing_by_pattern_keeps_those_weights(teacher, tmp_path):
-    loop.main(lcm(teacher, freeze=("transformer_blocks/attn2/.*",)), tmp_path)
+    distil(teacher, tmp_path, "--config.freeze=('transformer_blocks/attn2/.*',)")
     _, before = cnxs_jax.load_model(teacher / "teacher" / "export", "transformer")
     _, after = cnxs_jax.load_model(tmp_path / "export", "transformer")
     before, after = trees.flatten(before), trees.flatten(after)

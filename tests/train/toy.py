@@ -91,7 +91,7 @@ def config(**changes):
         "log_every": 1,
         "save_every": 5,
         "sample_every": 1000,
-        "mesh": {"data": -1},
+        "mesh": {"data": -1, "fsdp": 1},
         "optimizer": {"name": "adamw", "learning_rate": 1e-2},
         "toy": {"width": 32, "bad_step": -1},
     }

@@ -1,0 +1,49 @@
+"""Two processes of four devices each, started by `jax.distributed` on loopback."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from cnxs_jax import checkpoint
+from tests.train import toy
+from train import log, loop
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(workdir, port, process_id):
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "4"}
+    flags = ["--num_processes=2", f"--process_id={process_id}", f"--coordinator=127.0.0.1:{port}"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "train", "--config=tests/train/toy.py", f"--workdir={workdir}",
+         "--config.mesh.data=2", "--config.mesh.fsdp=4", *flags],
+        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path):
+    loop.main(toy.config(), tmp_path / "one")
+    port = free_port()
+    pair = [start(tmp_path / "two", port, i) for i in range(2)]
+    outputs = [process.communicate(timeout=500)[0] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], outputs
+    one, two = (
+        [line["loss"] for line in log.read_metrics(tmp_path / name / "metrics.jsonl")]
+        for name in ("one", "two")
+    )
+    np.testing.assert_allclose(two, one, rtol=1e-5)
+    assert len(two) == 20
+    assert checkpoint.saved_steps(tmp_path / "two" / "checkpoints") == [15, 20]
+    assert (tmp_path / "two" / "export" / "params.npz").is_file()
