@@ -99,7 +99,7 @@ def teacher():
     config.data.tokenizer = "{assets}/pixart_tiny/tokenizer"
     config.data.max_length = 24
     config.vae_path = "{workdir}/vae/export/vae"
-    config.steps = 5600
+    config.steps = 4200
     config.batch_size = 32
     config.ema_decay = 0.999
     config.ema_warmup = True
@@ -115,8 +115,8 @@ def teacher():
     config.optimizer.clip_norm = 1.0
     config.transformer = ConfigDict()
     config.transformer.num_layers = 6
-    config.transformer.num_attention_heads = 6
-    config.transformer.attention_head_dim = 32
+    config.transformer.num_attention_heads = 3
+    config.transformer.attention_head_dim = 64
     config.transformer.cross_attention_dim = 192
     config.transformer.caption_channels = 128
     config.transformer.in_channels = 8
