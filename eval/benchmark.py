@@ -55,12 +55,14 @@ class Program:
 
 
 def closed_form_flops(config, tokens):
-    """FLOPs of one PixArt evaluation of one picture, 2 a multiply-add (blocks only)."""
+    """FLOPs of one PixArt evaluation of one picture, 2 a multiply-add: blocks and embedders."""
     heads = config.get("num_attention_heads", 16)
     D = heads * config.get("attention_head_dim", 72)
     N = (config["sample_size"] // 2) ** 2
     block = 2 * N * 14 * D**2 + 4 * tokens * D**2 + 4 * N**2 * D + 4 * N * tokens * D
-    return config.get("num_layers", 28) * block
+    text = 2 * tokens * (config["caption_channels"] + D) * D
+    time, patches = 2 * (256 + D + 6 * D) * D, 2 * N * (4 * 4 + 4 * 8) * D
+    return config.get("num_layers", 28) * block + text + time + patches
 
 
 def diffusers_model(config):
