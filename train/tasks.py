@@ -4,13 +4,10 @@ Each builder turns a config into a `train.loop.Task`; `KEYS` says which keys it 
 what cannot go together. Nothing here knows how to take a step.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cnxs_jax import tree as trees
 from cnxs_jax.diffusion import sampling, schedule
 from cnxs_jax.errors import ConfigError
 from cnxs_jax.models.dit import PixArt
@@ -18,36 +15,19 @@ from cnxs_jax.models.t5 import T5Encoder
 from cnxs_jax.models.vae import AutoencoderKL
 from train import inputs, objectives, optimizer, validate
 from train.loop import Task
+from train.parts import (
+    SCHEDULE,
+    fields,
+    latents,
+    make,
+    noise_schedule,
+    outputs,
+    sizes_of,
+    to_signed,
+    whole_mask,
+)
 from train.pictures import grid, to_uint8
 
-
-def fields(module):
-    """The table of the config keys of a Linen module, checked by the type of their defaults."""
-    kinds = {bool: validate.boolean, int: validate.integer(1), float: validate.number()}
-    own = [f for f in dataclasses.fields(module) if f.name not in ("parent", "name", "dtype")]
-    table = {}
-    for field in own:
-        kind = validate.integers() if isinstance(field.default, tuple) else None
-        table[field.name] = validate.Optional(
-            kind or kinds.get(type(field.default), validate.anything)
-        )
-    return {**table, "dtype": validate.Optional(validate.choice("float32", "bfloat16"))}
-
-
-def make(module, config):
-    """`module(**config)` with tuples and dtypes as it wants them."""
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(config).items()}
-    if "dtype" in values:
-        values["dtype"] = jnp.dtype(values["dtype"] or "float32")
-    return module(**values)
-
-
-SCHEDULE = {
-    "name": validate.choice("linear", "scaled_linear"),
-    "beta_start": validate.number(0, 1, open_low=True, open_high=True),
-    "beta_end": validate.number(0, 1, open_low=True, open_high=True),
-    "num_steps": validate.integer(2, 10_000),
-}
 PREDICTION = validate.choice(*schedule.PREDICTIONS)
 DENOISE = {
     "prediction": PREDICTION,
@@ -134,25 +114,6 @@ def check_distill(values, where):
 CONFLICTS = {"denoiser": check_denoiser, "distill": check_distill}
 
 
-def noise_schedule(config):
-    """The `NoiseSchedule` of `config.schedule`."""
-    values = config.schedule
-    make_schedule = getattr(schedule, values.name)
-    return make_schedule(values.beta_start, values.beta_end, values.num_steps)
-
-
-def to_signed(image):
-    """uint8 [0, 255] -> float32 [-1, 1]."""
-    return image.astype(jnp.float32) / 127.5 - 1.0
-
-
-def latents(vae, params, image, key):
-    """Scaled latents of uint8 pictures, drawn from the VAE's posterior as PixArt trains."""
-    mean, logvar = vae.apply({"params": params}, to_signed(image), method="encode")
-    z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
-    return (z - (vae.shift_factor or 0.0)) * vae.scaling_factor
-
-
 # --- the autoencoder -------------------------------------------------------------------------
 
 
@@ -230,15 +191,6 @@ def drop_captions(raw, empty, rate, key):
     return {k: jnp.where(drop, empty[k], raw[k]) for k in ("input_ids", "attention_mask")}
 
 
-def sizes_of(dit, image):
-    """Micro-conditioning: `size` [B,2] and `aspect` [B,1] of pictures [B,H,W,3], or nothing."""
-    if not dit.micro_conditioning:
-        return {}
-    height, width = image.shape[1:3]
-    size = jnp.broadcast_to(jnp.array([[height, width]], jnp.float32), (image.shape[0], 2))
-    return {"size": size, "aspect": jnp.full((image.shape[0], 1), height / width)}
-
-
 def denoiser(config):
     """Trains a PixArt transformer, and its text encoder with it unless `text_encoder_path`."""
     from cnxs_jax.pipelines.load import load_model
@@ -303,10 +255,6 @@ def denoiser(config):
     frozen, resolve, init = frozen_part(config, init)
     objective = objectives.denoise(run, noise, resolve, **config.objective)
     return Task(objective, init, loader, encode, encoders, frozen, sample, export)
-
-
-def whole_mask(length):
-    return jnp.ones((1, length), jnp.int32)
 
 
 def frozen_part(config, init):
@@ -375,33 +323,3 @@ def distill(config):
     resolve = objectives.with_frozen if jax.tree.leaves(rest) else objectives.identity
     objective = objectives.consistency(run, run, noise, resolve, **config.objective)
     return Task(objective, trainable, loader, encode, encoders, frozen, sample, export)
-
-
-# --- results ---------------------------------------------------------------------------------
-
-
-def outputs(config, components, tokenizer, scheduler, options):
-    """`(sample, export)` of a task whose result is a whole PixArt pipeline."""
-
-    def pipeline(ema, frozen, encoders):
-        from cnxs_jax.pipelines.base import Component
-        from cnxs_jax.pipelines.pixart import PixArtAlphaPipeline
-
-        if jax.tree.leaves(frozen.get("rest", {})):
-            ema = trees.merge(ema, frozen["rest"])
-        parts = {k: Component(*v) for k, v in components(ema, encoders).items()}
-        null = encoders.get("null")
-        return PixArtAlphaPipeline(parts, tokenizer, scheduler, null_text=null)
-
-    captions = inputs.examples(config, 16)["caption"]
-
-    def sample(ema, frozen, encoders):
-        pipe = pipeline(ema, frozen, encoders)
-        return grid(to_uint8(pipe(captions, seed=0, output_type="np", **options).images * 2 - 1), 8)
-
-    def export(ema, frozen, encoders, path):
-        from cnxs_jax.pipelines.pipeline import save_pipeline
-
-        save_pipeline(pipeline(ema, frozen, encoders), path)
-
-    return sample, export
