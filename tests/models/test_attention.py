@@ -101,3 +101,10 @@ def test_position_table_of_published_sizes():
     wide = sincos_2d(1152, 48, 80, 64, 2)
     np.testing.assert_allclose(wide[1][:3], [0.389418, 0.377792, 0.366474], atol=1e-6)
     np.testing.assert_allclose(wide[80][576:579], [0.618370, 0.601745, 0.585390], atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", ["xla", "blocked", "cudnn", "splash"])
+def test_the_named_form_is_the_one_that_runs(impl, monkeypatch):
+    monkeypatch.setitem(forms.FORMS, impl, lambda q, *_: q + 1)
+    q, k, v = qkv()
+    np.testing.assert_array_equal(attention(q, k, v, impl=impl), q + 1)

@@ -10,6 +10,7 @@ import torch
 from diffusers import PixArtTransformer2DModel
 
 from cnxs_jax.models.dit import PixArt
+from tests import checks
 from tests.parity.helpers import convert, nhwc, perturb, relative_error
 
 pytestmark = pytest.mark.parity
@@ -75,4 +76,6 @@ def test_interpolation_scale():
 @pytest.mark.slow
 def test_xl_2_at_512_px():
     """The published size; about two minutes and 8 GB."""
-    assert compare(XL_512, (64, 64), 120, 1, scale=0.02) <= 1e-5
+    error = compare(XL_512, (64, 64), 120, 1, scale=0.02)
+    checks.record("PixArt-XL/2 512 px against diffusers", relative_error=error)
+    assert error <= 1e-5

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from cnxs_jax import checkpoint
+from tests import checks
 from tests.train import toy
 from train import log, loop
 
@@ -45,5 +46,7 @@ def test_two_processes_equal_one(tmp_path):
     )
     np.testing.assert_allclose(two, one, rtol=1e-5)
     assert len(two) == 20
+    worst = max(abs(a / b - 1) for a, b in zip(two, one, strict=True))
+    checks.record("two processes of four devices", steps=20, worst_relative_loss=worst)
     assert checkpoint.saved_steps(tmp_path / "two" / "checkpoints") == [15, 20]
     assert (tmp_path / "two" / "export" / "params.npz").is_file()

@@ -14,6 +14,7 @@ import pytest
 
 from cnxs_jax import checkpoint
 from cnxs_jax.errors import CheckpointError, ConfigError, NumericsError
+from tests import checks
 from tests.train import toy
 from train import log, loop
 
@@ -196,6 +197,8 @@ def test_three_kills_change_nothing(tmp_path):
 def test_twenty_kills_change_nothing(tmp_path, devices):
     for trial in range(4):
         check_kills(tmp_path / str(trial), 5, devices)
+    checks.record("SIGKILL and resume", kills=20, devices=devices, differing_losses=0,
+                  differing_leaves=0)  # fmt: skip
 
 
 def test_help_and_mistakes_are_one_message(tmp_path):
