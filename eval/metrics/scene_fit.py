@@ -1,0 +1,424 @@
+"""Reads a scene by explaining it: the real sprites are fitted to what the detector proposes.
+
+Analysis by synthesis. The detector of `scene_checker.py` proposes concepts and rough places. Each
+proposal is matched against the picture with the world's own sprites, and the stack of sprites
+(which, where, in which style, in which order) that best redraws the picture is kept. Errors are
+truncated squared colour distances, so that an occluder or a smudge costs no more than its area.
+
+Picture and sprites are both smoothed by a 3x3 binomial filter before they are compared: this
+changes nothing for a sharp picture and forgives the blur of an autoencoder.
+
+What is reported as found:
+  1. a fitted sprite that explains a fair part of the error under it (FAIR of it where the
+     detector was sure of the concept, STRICT where it was not);
+  2. a detection that the detector was sure of, although no sprite fits it well (a distorted object
+     of a generated picture), unless sprites of rule 1 already stand on most of its place: then
+     they explain the same pixels better, and the detection is contradicted.
+"""
+
+import dataclasses
+import functools
+
+import numpy as np
+
+from eval.metrics import scene_checker
+
+PROPOSAL = 0.06  # heat of a peak that is worth a fit
+MOST_PROPOSALS, MOST_OBJECTS = 8, 4
+TRUNCATE = 90.0**2  # largest error of a pixel, squared RGB distance in levels
+FAIR, STRICT = 0.2, 0.5
+COST = 40 * 30.0**2  # what an object must explain at least, squared levels
+CONTRADICTED = 0.5  # part of a detection's place on which fitted sprites stand
+EXTENT = (0.28, 0.66)  # of sprites, as fractions of the picture: a little beyond the world's own
+NEAR = 6.0  # pixels within which two peaks of one concept are one object
+BACKGROUND_NEAR = 45.0  # levels within which a border pixel belongs to the background
+
+
+@dataclasses.dataclass(frozen=True)
+class Pose:
+    """A sprite in the picture: indices of style and extent; top left of its canvas, padded px."""
+
+    concept: str
+    style: int
+    extent: int
+    top: int
+    left: int
+
+
+def smooth(x):
+    """3x3 binomial filter of the last two axes, edges repeated."""
+    for axis in (-1, -2):
+        x = np.moveaxis(x, axis, 0)
+        x = (np.concatenate([x[:1], x[:-1]]) + 2 * x + np.concatenate([x[1:], x[-1:]])) / 4
+        x = np.moveaxis(x, 0, axis)
+    return x
+
+
+class Sprites:
+    """The world's sprites, smoothed, centred on square canvases of even side, kept by concept.
+
+    Attributes:
+        extents: their longer sides, px; side: of a canvas; margin: padding around a picture.
+    """
+
+    def __init__(self, world, size):
+        self.world, self.size = world, size
+        self.extents = np.arange(round(EXTENT[0] * size), round(EXTENT[1] * size) + 1)
+        self.side = (int(self.extents[-1]) + 4 + 1) // 2 * 2
+        self.margin = self.side // 2
+        self.of = functools.cache(self._build)
+
+    def _build(self, concept):
+        """(full [styles, extents, 4, side, side], half-resolution matrix, half-resolution norms).
+
+        Channels are premultiplied RGB in levels and alpha. `norms [5, styles * extents]` are the
+        sums of rgb^2, of alpha * rgb (3) and of alpha^2.
+        """
+        shape = (len(self.world.styles), len(self.extents), 4, self.side, self.side)
+        full = np.zeros(shape, np.float32)
+        for s, style in enumerate(self.world.styles):
+            for e, extent in enumerate(self.extents):
+                rgb, alpha, _ = self.world.sprite(concept, style, int(extent))
+                h, w = alpha.shape[:2]
+                y, x = (self.side - h) // 2, (self.side - w) // 2
+                full[s, e, :3, y : y + h, x : x + w] = np.moveaxis(rgb, -1, 0)
+                full[s, e, 3, y : y + h, x : x + w] = alpha[..., 0]
+        full = np.ascontiguousarray(smooth(full))
+        half = halve(full).reshape(-1, 4, (self.side // 2) ** 2)
+        rgb, alpha = half[:, :3], half[:, 3:]
+        norms = [(rgb**2).sum((1, 2)), *(alpha * rgb).sum(2).T, (alpha**2).sum((1, 2))]
+        return full, half.reshape(len(half), -1), np.stack(norms)
+
+    def canvas(self, pose):
+        """[4, side, side] of a pose."""
+        return self.of(pose.concept)[0][pose.style, pose.extent]
+
+    def box(self, pose):
+        """(y, x, extent): centre and longer side of a pose's sprite in the picture, px."""
+        shape = self.world.sprite(
+            pose.concept, self.world.styles[pose.style], int(self.extents[pose.extent])
+        )[2].shape
+        y, x = (
+            start - self.margin + (self.side - n) // 2 + n / 2
+            for start, n in zip((pose.top, pose.left), shape, strict=True)
+        )
+        return y, x, float(self.extents[pose.extent])
+
+
+def halve(x):
+    """2x2 means of the last two axes."""
+    return (x[..., ::2, ::2] + x[..., 1::2, ::2] + x[..., ::2, 1::2] + x[..., 1::2, 1::2]) / 4
+
+
+def background_colour(image, word_colour):
+    """Median of the border pixels near the word's colour: a generated picture's may be off."""
+    border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]]).astype(np.float32)
+    colour = np.array(word_colour, np.float32)
+    near = border[((border - colour) ** 2).sum(-1) < BACKGROUND_NEAR**2]
+    return np.median(near, 0).astype(np.float32) if len(near) else colour
+
+
+class Picture:
+    """One picture being explained: padded, smoothed, with the current stack of poses."""
+
+    def __init__(self, image, colour, sprites):
+        m = sprites.margin
+        self.sprites = sprites
+        self.colour = background_colour(image, colour)
+        size = (3, image.shape[0] + 2 * m, image.shape[1] + 2 * m)
+        self.empty = np.broadcast_to(self.colour[:, None, None], size).astype(np.float32)
+        target = self.empty.copy()
+        target[:, m:-m, m:-m] = np.moveaxis(image, -1, 0)
+        self.target = smooth(target)
+
+    def layers(self, stack, level):
+        """(under [3,H,W], over [4,H,W]): what lies below and above `level` of a stack."""
+        under, over = self.empty.copy(), np.zeros((4, *self.empty.shape[1:]), np.float32)
+        for i, pose in enumerate(stack):
+            canvas = self.sprites.canvas(pose)
+            rows, columns = self._window(pose)
+            if i < level:
+                part = under[:, rows, columns]
+                part *= 1 - canvas[3]
+                part += canvas[:3]
+            else:
+                part = over[:, rows, columns]
+                part *= 1 - canvas[3]
+                part += canvas
+        return under, over
+
+    def _window(self, pose):
+        side = self.sprites.side
+        return slice(pose.top, pose.top + side), slice(pose.left, pose.left + side)
+
+    def error(self, stack):
+        """Truncated error of a stack, summed over the picture."""
+        return self._truncated(self.target - self.layers(stack, len(stack))[0])
+
+    @staticmethod
+    def _truncated(difference, axis=None):
+        squares = np.einsum("...cij,...cij->...ij", difference, difference)
+        return np.minimum(squares, TRUNCATE, out=squares).sum((-1, -2))
+
+    def gains(self, concept, styles, extents, tops, lefts, layers):
+        """How much each pose lowers the error between two layers.
+
+        Returns:
+            (gain, before) `[tops, lefts, styles, extents]`; `before` is the error that the layers
+            alone leave where the pose's alpha is, so gain / before is the part explained.
+        """
+        under, over = layers
+        top_extent = int(self.sprites.extents[max(extents)])
+        trim = max((self.sprites.side - top_extent) // 2 - 2, 0)
+        side = self.sprites.side - 2 * trim
+        inner = slice(trim, trim + side)
+        full = self.sprites.of(concept)[0][np.ix_(styles, extents)][..., inner, inner]
+        rgb, keep = full[:, :, :3], 1 - full[:, :, 3:]
+        solid = full[:, :, 3] > 0.3
+        shape = (len(tops), len(lefts), len(styles), len(extents))
+        gain, before = np.empty(shape, np.float32), np.empty(shape, np.float32)
+        covered = bool(over[3].any())
+        for i, top in enumerate(tops):
+            rows = slice(top + trim, top + trim + side)
+            for j, left in enumerate(lefts):
+                columns = slice(left + trim, left + trim + side)
+                goal, below = self.target[:, rows, columns], under[:, rows, columns]
+                drawn = below * keep
+                drawn += rgb
+                if covered:
+                    above = over[:, rows, columns]
+                    drawn *= 1 - above[3]
+                    drawn += above[:3]
+                    below = below * (1 - above[3]) + above[:3]
+                drawn -= goal
+                alone = goal - below
+                alone = np.minimum((alone * alone).sum(0), TRUNCATE)
+                gain[i, j] = alone.sum() - self._truncated(drawn)
+                before[i, j] = (alone * solid).sum((-1, -2))
+        return gain, before
+
+    def starts(self, detection):
+        """The best pose of each style near a detection by an untruncated half-size match.
+
+        Against a plain background the gain 2<R, D> - |D|^2 (R: picture - background, D: sprite -
+        alpha * background) is linear in R, so all poses are one matrix product.
+        """
+        sprites, side = self.sprites, self.sprites.side // 2
+        _, matrix, norms = sprites.of(detection.concept)
+        residual = halve(self.target - self.empty)
+        against = -np.tensordot(self.colour, residual, 1)[None]
+        maps = np.concatenate([residual, against])
+        limit = maps.shape[1] - side, maps.shape[2] - side
+        middle = [round(c / 2) for c in (detection.y, detection.x)]
+        tops, lefts = (
+            np.unique(np.clip(c + np.arange(-2, 3), 0, n))
+            for c, n in zip(middle, limit, strict=True)
+        )
+        windows = [maps[:, t : t + side, u : u + side].ravel() for t in tops for u in lefts]
+        colour = self.colour
+        own = norms[0] - 2 * colour @ norms[1:4] + (colour @ colour) * norms[4]
+        gain = 2 * np.stack(windows) @ matrix.T - own
+        gain = gain.reshape(len(windows), len(sprites.world.styles), -1)
+        poses = []
+        for s in range(gain.shape[1]):
+            at, extent = np.unravel_index(gain[:, s].argmax(), gain[:, s].shape)
+            top, left = tops[at // len(lefts)], lefts[at % len(lefts)]
+            poses.append(Pose(detection.concept, s, int(extent), 2 * int(top), 2 * int(left)))
+        return poses
+
+    def gain_of(self, pose, layers):
+        """(gain, before) of one pose."""
+        gain, before = self.gains(
+            pose.concept, [pose.style], [pose.extent], [pose.top], [pose.left], layers
+        )
+        return float(gain.item()), float(before.item())
+
+    def best(self, pose, layers, styles, reach=1, stride=1, grow=1):
+        """(pose, gain, before) of the best pose around one."""
+        limit = self.target.shape[1] - self.sprites.side, self.target.shape[2] - self.sprites.side
+        steps = stride * np.arange(-reach, reach + 1)
+        tops, lefts = (
+            np.unique(np.clip(c + steps, 0, n))
+            for c, n in zip((pose.top, pose.left), limit, strict=True)
+        )
+        last = len(self.sprites.extents) - 1
+        extents = np.unique(np.clip(pose.extent + stride * np.arange(-grow, grow + 1), 0, last))
+        gain, before = self.gains(pose.concept, styles, extents, tops, lefts, layers)
+        i, j, s, e = np.unravel_index(gain.argmax(), gain.shape)
+        found = Pose(pose.concept, styles[s], int(extents[e]), int(tops[i]), int(lefts[j]))
+        return found, float(gain[i, j, s, e]), float(before[i, j, s, e])
+
+    def refine(self, pose, layers, rounds=4):
+        """Hill climbing over place, extent and, once these rest, style."""
+        every = list(range(len(self.sprites.world.styles)))
+        for _ in range(rounds):
+            moved, _, _ = self.best(pose, layers, [pose.style])
+            if moved == pose:
+                break
+            pose = moved
+        better, gain, before = self.best(pose, layers, every, reach=1, grow=1)
+        if better.style != pose.style:
+            for _ in range(rounds):
+                moved, gain, before = self.best(better, layers, [better.style])
+                if moved == better:
+                    break
+                better = moved
+        return better, gain, before
+
+
+def explain(picture, proposals):
+    """The stack of poses (back to front) that explains a picture, and each one's proposal."""
+    nothing = picture.layers([], 0)
+    pool = []
+    for detection in proposals:
+        scored = [(picture.gain_of(p, nothing)[0], p) for p in picture.starts(detection)]
+        scored.sort(key=lambda pair: -pair[0])
+        pool.append([detection, scored[0][1], scored[0][0]])
+    stack, owners = [], []
+    while pool and len(stack) < MOST_OBJECTS:
+        pick = _next(picture, stack, pool)
+        if pick is None:
+            break
+        number, level, pose = pick
+        stack.insert(level, pose)
+        owners.insert(level, pool.pop(number)[0])
+    return _settle(picture, stack, owners)
+
+
+def _next(picture, stack, pool):
+    """(number in pool, level, pose) of the proposal that explains most of what is left, or None."""
+    between = [picture.layers(stack, level) for level in range(len(stack) + 1)]
+    tried = []
+    for number, (_, pose, first) in enumerate(pool):
+        if first <= 0 and not stack:
+            continue
+        for level, layers in enumerate(between):
+            tried.append((picture.gain_of(pose, layers)[0], number, level))
+    tried.sort(reverse=True)
+    best, seen = None, set()
+    for gain, number, level in tried:
+        if number in seen or len(seen) >= 3:
+            continue
+        if best is not None and gain < 0.5 * best[0]:
+            break
+        seen.add(number)
+        detection, pose, _ = pool[number]
+        pose, gain, before = picture.refine(pose, between[level])
+        pool[number][1] = pose
+        bar = FAIR if detection.score >= scene_checker.THRESHOLD else STRICT
+        if gain > COST and gain > bar * before and (best is None or gain > best[0]):
+            best = gain, number, level, pose
+    return best and best[1:]
+
+
+def _settle(picture, stack, owners):
+    """Tries both orders of each overlapping pair, then refits every pose among the others."""
+    for _ in range(2):
+        before = list(stack)
+        for i in range(len(stack) - 1):
+            for j in range(i + 1, len(stack)):
+                if _touch(picture.sprites, stack[i], stack[j]):
+                    _try_swap(picture, stack, owners, i, j)
+        if len(stack) > 1:
+            for i, pose in enumerate(stack):
+                others = stack[:i] + stack[i + 1 :]
+                if any(_touch(picture.sprites, pose, o) for o in others):
+                    stack[i] = picture.refine(pose, picture.layers(others, i))[0]
+        if stack == before:
+            break
+    return stack, owners
+
+
+def _touch(sprites, a, b):
+    reach = (sprites.extents[a.extent] + sprites.extents[b.extent]) / 2 + 2
+    return abs(a.top - b.top) < reach and abs(a.left - b.left) < reach
+
+
+def _try_swap(picture, stack, owners, i, j):
+    """Swaps two levels in place if the picture is explained better after refitting both."""
+    now = picture.error(stack)
+    trial = list(stack)
+    trial[i], trial[j] = trial[j], trial[i]
+    for k in (j, i):
+        trial[k] = picture.refine(trial[k], picture.layers(trial[:k] + trial[k + 1 :], k), 2)[0]
+    if picture.error(trial) < now:
+        stack[:] = trial
+        owners[i], owners[j] = owners[j], owners[i]
+
+
+def hidden(picture, stack, level):
+    """The fraction of a pose's sprite that the poses above it cover."""
+    alpha = np.zeros(picture.empty.shape[1:], np.float32)
+    alpha[picture._window(stack[level])] = picture.sprites.canvas(stack[level])[3]
+    over = picture.layers(stack, level + 1)[1][3]
+    return float((alpha * over).sum() / alpha.sum())
+
+
+def contradicted(picture, stack, detection):
+    """Whether fitted sprites stand on most of the disc where a detection says its object is."""
+    rows, columns = np.ogrid[: picture.empty.shape[1], : picture.empty.shape[2]]
+    m = picture.sprites.margin
+    apart = (rows - m + 0.5 - detection.y) ** 2 + (columns - m + 0.5 - detection.x) ** 2
+    disc = apart < (0.35 * detection.size) ** 2
+    return bool(disc.any()) and picture.layers(stack, 0)[1][3][disc].mean() > CONTRADICTED
+
+
+def merge_peaks(detections):
+    """The best of each concept's peaks that lie near each other, at most MOST_PROPOSALS in all."""
+    kept = []
+    for d in detections:
+        twins = (k for k in kept if k.concept == d.concept)
+        if all(np.hypot(d.y - k.y, d.x - k.x) > NEAR for k in twins):
+            kept.append(d)
+    return kept[:MOST_PROPOSALS]
+
+
+def read_one(image, proposals, colour, sprites):
+    """Detections of one picture, best first; see the module's text.
+
+    Args:
+        image: uint8 `[H, H, 3]`.
+        proposals: `scene_checker.Detection`s, best first, down to PROPOSAL.
+        colour: RGB of the background word.
+        sprites: a `Sprites` for this size.
+    """
+    proposals = merge_peaks(proposals)
+    picture = Picture(image, colour, sprites)
+    stack, owners = explain(picture, proposals)
+    found = []
+    for level, (pose, owner) in enumerate(zip(stack, owners, strict=True)):
+        y, x, size = sprites.box(pose)
+        covered = float(hidden(picture, stack, level) > scene_checker.COVERED)
+        style = sprites.world.styles[pose.style]
+        found.append(
+            dataclasses.replace(
+                owner, style=style, y=y, x=x, size=size, covered=covered, score=max(owner.score, 0.5)
+            )
+        )
+    for d in proposals:
+        sure = d.score >= scene_checker.THRESHOLD and not any(d is o for o in owners)
+        if sure and not contradicted(picture, stack, d):
+            found.append(d)
+    return sorted(found, key=lambda d: -d.score)
+
+
+@functools.cache
+def sprites_of(world, size):
+    """The cached `Sprites` of a world (frozen and hashed by identity) for a picture size."""
+    return Sprites(world, size)
+
+
+def reader(params, vocabulary, world):
+    """`read(images uint8 [N,H,H,3]) -> (list of detections an image, background words)`."""
+    propose = scene_checker.reader(params, vocabulary, threshold=PROPOSAL)
+
+    def read(images):
+        proposals, words = propose(images)
+        sprites = sprites_of(world, images.shape[1])
+        found = [
+            read_one(image, p, world.backgrounds[word], sprites)
+            for image, p, word in zip(images, proposals, words, strict=True)
+        ]
+        return found, words
+
+    return read
