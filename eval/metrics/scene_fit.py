@@ -24,7 +24,7 @@ import numpy as np
 from eval.metrics import scene_checker
 
 PROPOSAL = 0.06  # heat of a peak that is worth a fit
-MOST_PROPOSALS, MOST_OBJECTS = 8, 4
+MOST_PROPOSALS, MOST_OBJECTS, MOST_TRIED = 8, 4, 4
 TRUNCATE = 90.0**2  # largest error of a pixel, squared RGB distance in levels
 FAIR, STRICT = 0.2, 0.5
 COST = 40 * 30.0**2  # what an object must explain at least, squared levels
@@ -69,10 +69,10 @@ class Sprites:
         self.of = functools.cache(self._build)
 
     def _build(self, concept):
-        """(full [styles, extents, 4, side, side], half-resolution matrix, half-resolution norms).
+        """(full [styles, extents, 4, side, side], matrix [styles * extents, 9 * (side / 2)^2]).
 
-        Channels are premultiplied RGB in levels and alpha. `norms [5, styles * extents]` are the
-        sums of rgb^2, of alpha * rgb (3) and of alpha^2.
+        Channels of `full` are premultiplied RGB in levels and alpha. The matrix has, at half size,
+        rgb, alpha, |rgb|^2, alpha * rgb and alpha^2: see `Picture.starts`.
         """
         shape = (len(self.world.styles), len(self.extents), 4, self.side, self.side)
         full = np.zeros(shape, np.float32)
@@ -84,10 +84,10 @@ class Sprites:
                 full[s, e, :3, y : y + h, x : x + w] = np.moveaxis(rgb, -1, 0)
                 full[s, e, 3, y : y + h, x : x + w] = alpha[..., 0]
         full = np.ascontiguousarray(smooth(full))
-        half = halve(full).reshape(-1, 4, (self.side // 2) ** 2)
-        rgb, alpha = half[:, :3], half[:, 3:]
-        norms = [(rgb**2).sum((1, 2)), *(alpha * rgb).sum(2).T, (alpha**2).sum((1, 2))]
-        return full, half.reshape(len(half), -1), np.stack(norms)
+        rgb, alpha = full[:, :, :3], full[:, :, 3:]
+        products = [rgb, alpha, (rgb * rgb).sum(2, keepdims=True), alpha * rgb, alpha * alpha]
+        matrix = halve(np.concatenate(products, 2))
+        return full, matrix.reshape(shape[0] * shape[1], -1)
 
     def canvas(self, pose):
         """[4, side, side] of a pose."""
@@ -197,17 +197,22 @@ class Picture:
                 before[i, j] = (alone * solid).sum((-1, -2))
         return gain, before
 
-    def starts(self, detection):
+    def starts(self, detection, layers):
         """The best pose of each style near a detection by an untruncated half-size match.
 
-        Against a plain background the gain 2<R, D> - |D|^2 (R: picture - background, D: sprite -
-        alpha * background) is linear in R, so all poses are one matrix product.
+        Drawn between layers, a sprite changes the picture by w D, with w = 1 - alpha of what lies
+        over it and D = rgb - alpha * under. The gain 2 w <r, D> - w^2 |D|^2 (r: what the layers
+        leave) is linear in products of the sprite's channels: all poses are one matrix product.
         """
         sprites, side = self.sprites, self.sprites.side // 2
-        _, matrix, norms = sprites.of(detection.concept)
-        residual = halve(self.target - self.empty)
-        against = -np.tensordot(self.colour, residual, 1)[None]
-        maps = np.concatenate([residual, against])
+        matrix = sprites.of(detection.concept)[1]
+        under, over = layers
+        w = 1 - over[3]
+        rest = w * (self.target - under * w - over[:3])
+        under = under * w
+        maps = [2 * rest, -2 * (rest * layers[0]).sum(0)[None], -(w * w)[None]]
+        maps += [2 * under * w, -(under * under).sum(0)[None]]
+        maps = halve(np.concatenate(maps))
         limit = maps.shape[1] - side, maps.shape[2] - side
         middle = [round(c / 2) for c in (detection.y, detection.x)]
         tops, lefts = (
@@ -215,16 +220,15 @@ class Picture:
             for c, n in zip(middle, limit, strict=True)
         )
         windows = [maps[:, t : t + side, u : u + side].ravel() for t in tops for u in lefts]
-        colour = self.colour
-        own = norms[0] - 2 * colour @ norms[1:4] + (colour @ colour) * norms[4]
-        gain = 2 * np.stack(windows) @ matrix.T - own
+        gain = np.stack(windows) @ matrix.T
         gain = gain.reshape(len(windows), len(sprites.world.styles), -1)
         poses = []
         for s in range(gain.shape[1]):
             at, extent = np.unravel_index(gain[:, s].argmax(), gain[:, s].shape)
             top, left = tops[at // len(lefts)], lefts[at % len(lefts)]
             poses.append(Pose(detection.concept, s, int(extent), 2 * int(top), 2 * int(left)))
-        return poses
+        scored = [(self.gain_of(p, layers)[0], p) for p in poses]
+        return sorted(scored, key=lambda pair: -pair[0])
 
     def gain_of(self, pose, layers):
         """(gain, before) of one pose."""
@@ -271,9 +275,8 @@ def explain(picture, proposals):
     nothing = picture.layers([], 0)
     pool = []
     for detection in proposals:
-        scored = [(picture.gain_of(p, nothing)[0], p) for p in picture.starts(detection)]
-        scored.sort(key=lambda pair: -pair[0])
-        pool.append([detection, scored[0][1], scored[0][0]])
+        first, pose = picture.starts(detection, nothing)[0]
+        pool.append([detection, pose, first])
     stack, owners = [], []
     while pool and len(stack) < MOST_OBJECTS:
         pick = _next(picture, stack, pool)
@@ -297,13 +300,20 @@ def _next(picture, stack, pool):
     tried.sort(reverse=True)
     best, seen = None, set()
     for gain, number, level in tried:
-        if number in seen or len(seen) >= 3:
+        if number in seen or len(seen) >= MOST_TRIED:
             continue
         if best is not None and gain < 0.5 * best[0]:
             break
         seen.add(number)
         detection, pose, _ = pool[number]
-        pose, gain, before = picture.refine(pose, between[level])
+        layers = between[level]
+        if any(_touch(picture.sprites, pose, other) for other in stack):
+            pose = max(
+                (picture.gain_of(pose, layers)[0], pose),
+                picture.starts(detection, layers)[0],
+                key=lambda pair: pair[0],
+            )[1]
+        pose, gain, before = picture.refine(pose, layers)
         pool[number][1] = pose
         bar = FAIR if detection.score >= scene_checker.THRESHOLD else STRICT
         if gain > COST and gain > bar * before and (best is None or gain > best[0]):
@@ -392,7 +402,13 @@ def read_one(image, proposals, colour, sprites):
         style = sprites.world.styles[pose.style]
         found.append(
             dataclasses.replace(
-                owner, style=style, y=y, x=x, size=size, covered=covered, score=max(owner.score, 0.5)
+                owner,
+                style=style,
+                y=y,
+                x=x,
+                size=size,
+                covered=covered,
+                score=max(owner.score, 0.5),
             )
         )
     for d in proposals:
