@@ -24,7 +24,7 @@ import numpy as np
 from eval.metrics import scene_checker
 
 PROPOSAL = 0.06  # heat of a peak that is worth a fit
-MOST_PROPOSALS, MOST_OBJECTS, MOST_TRIED = 8, 4, 4
+MOST_PROPOSALS, MOST_OBJECTS, MOST_TRIED = 12, 4, 5
 TRUNCATE = 90.0**2  # largest error of a pixel, squared RGB distance in levels
 FAIR, STRICT = 0.2, 0.5
 COST = 40 * 30.0**2  # what an object must explain at least, squared levels
@@ -155,6 +155,19 @@ class Picture:
         """Truncated error of a stack, summed over the picture."""
         return self._truncated(self.target - self.layers(stack, len(stack))[0])
 
+    def left(self, drawn):
+        """Truncated error of each pixel [H,W] of a drawing."""
+        return np.minimum(((self.target - drawn) ** 2).sum(0), TRUNCATE)
+
+    def near(self, errors, detection):
+        """Sum of an error map over the square of a detection."""
+        m, half = self.sprites.margin, detection.size / 2
+        rows, columns = (
+            slice(max(int(c + m - half), 0), int(c + m + half) + 1)
+            for c in (detection.y, detection.x)
+        )
+        return float(errors[rows, columns].sum())
+
     @staticmethod
     def _truncated(difference, axis=None):
         squares = np.einsum("...cij,...cij->...ij", difference, difference)
@@ -272,52 +285,38 @@ class Picture:
 
 def explain(picture, proposals):
     """The stack of poses (back to front) that explains a picture, and each one's proposal."""
-    nothing = picture.layers([], 0)
-    pool = []
-    for detection in proposals:
-        first, pose = picture.starts(detection, nothing)[0]
-        pool.append([detection, pose, first])
-    stack, owners = [], []
+    pool, stack, owners = list(proposals), [], []
     while pool and len(stack) < MOST_OBJECTS:
         pick = _next(picture, stack, pool)
         if pick is None:
             break
-        number, level, pose = pick
+        detection, level, pose = pick
+        pool.remove(detection)
         stack.insert(level, pose)
-        owners.insert(level, pool.pop(number)[0])
+        owners.insert(level, detection)
     return _settle(picture, stack, owners)
 
 
 def _next(picture, stack, pool):
-    """(number in pool, level, pose) of the proposal that explains most of what is left, or None."""
+    """(proposal, level, pose) that explains most of what a stack leaves, or None."""
     between = [picture.layers(stack, level) for level in range(len(stack) + 1)]
+    left = picture.left(between[-1][0])
     tried = []
-    for number, (_, pose, first) in enumerate(pool):
-        if first <= 0 and not stack:
+    for detection in pool:
+        if picture.near(left, detection) < COST:
             continue
         for level, layers in enumerate(between):
-            tried.append((picture.gain_of(pose, layers)[0], number, level))
-    tried.sort(reverse=True)
-    best, seen = None, set()
-    for gain, number, level in tried:
-        if number in seen or len(seen) >= MOST_TRIED:
-            continue
-        if best is not None and gain < 0.5 * best[0]:
+            gain, pose = picture.starts(detection, layers)[0]
+            tried.append((gain, level, pose, detection))
+    tried.sort(key=lambda row: -row[0])
+    best = None
+    for gain, level, pose, detection in tried[:MOST_TRIED]:
+        if best is not None and gain < 0.6 * best[0]:
             break
-        seen.add(number)
-        detection, pose, _ = pool[number]
-        layers = between[level]
-        if any(_touch(picture.sprites, pose, other) for other in stack):
-            pose = max(
-                (picture.gain_of(pose, layers)[0], pose),
-                picture.starts(detection, layers)[0],
-                key=lambda pair: pair[0],
-            )[1]
-        pose, gain, before = picture.refine(pose, layers)
-        pool[number][1] = pose
+        pose, gain, before = picture.refine(pose, between[level])
         bar = FAIR if detection.score >= scene_checker.THRESHOLD else STRICT
         if gain > COST and gain > bar * before and (best is None or gain > best[0]):
-            best = gain, number, level, pose
+            best = gain, detection, level, pose
     return best and best[1:]
 
 
