@@ -1,7 +1,8 @@
 """Scene accuracy: is each prompted object, style, background and relation found in the picture?
 
-The pictures are read by the scene checker (`scene_checker.py`), which was fitted on real scenes
-only. A caption is judged only on what it says: an open background cannot be wrong.
+The pictures are read by the scene checker: a detector fitted on real scenes only
+(`scene_checker.py`) proposes, the real sprites decide (`scene_read.py`). A caption is judged only
+on what it says: an open background cannot be wrong.
 
     python -m eval.metrics.scene_accuracy --fit      fits and writes the shipped checker
     python -m eval.metrics.scene_accuracy --check    its accuracy on fresh ground-truth scenes
@@ -17,11 +18,11 @@ import numpy as np
 from cnxs_jax import errors
 from cnxs_jax.data import emoji_scenes
 from cnxs_jax.data.scenes import SPLITS, make_scene
-from eval.metrics import scene_checker
+from eval.metrics import scene_checker, scene_read
 
 CHECKER = Path(emoji_scenes.__file__).parent.parent / "assets" / "scene_checker"
 ITEMS = ("objects", "style", "background", "relation")
-COVERED = 0.5  # probability above which the back object of "in front of" is covered
+COVERED = 0.5  # `Detection.covered` above which the back object of "in front of" is covered
 BATCH = 16
 # (steps, fraction of scenes forced to have one object in front of another): such scenes are a
 # sixth of the world's, too few to learn them from in the time.
@@ -174,7 +175,7 @@ def wilson(right, total):
 @functools.cache
 def load_checker(directory=CHECKER):
     """`read(images)` of the shipped checker; CheckpointError if it is missing or damaged."""
-    return scene_checker.reader(*scene_checker.load(directory))
+    return scene_read.reader(*scene_checker.load(directory), emoji_scenes.world())
 
 
 def vocabulary(world):

@@ -1,13 +1,16 @@
 """The scene checker: right on ground truth, wrong where the picture is wrong; its arithmetic."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from cnxs_jax.data import emoji_scenes
-from cnxs_jax.data.scenes import make_scene
+from cnxs_jax.data.scenes import composite, make_scene
 from cnxs_jax.errors import CheckpointError, ConfigError, DataError
+from cnxs_jax.pipelines.load import load_model
 from eval.metrics import scene_accuracy as sa
-from eval.metrics import scene_checker
+from eval.metrics import scene_checker, scene_read
 from eval.metrics.scene_checker import Detection
 
 WORLD = emoji_scenes.world()
@@ -24,13 +27,13 @@ def scene(**spec):
 
 
 @pytest.fixture(scope="module")
-def truth500():
-    scenes = sa.real_scenes(WORLD, 500, seed=77)
+def truth400():
+    scenes = sa.real_scenes(WORLD, 400, seed=77)
     return np.stack([s["image"] for s in scenes]), [sa.shown(s) for s in scenes]
 
 
-def test_ground_truth_scenes_are_read_right(read, truth500):
-    figures, _ = sa.score(read, *truth500)
+def test_ground_truth_scenes_are_read_right(read, truth400):
+    figures, _ = sa.score(read, *truth400)
     assert figures["items"]["value"] >= 0.995
     assert figures["all_correct"]["value"] >= 0.98
     assert figures["extra_objects"]["value"] <= 0.02
@@ -38,9 +41,18 @@ def test_ground_truth_scenes_are_read_right(read, truth500):
     assert figures["all_correct"]["chance"] <= 0.02
 
 
-def test_blurred_scenes_are_read_right(read, truth500):
-    images, prompts = truth500
+def test_blurred_scenes_are_read_right(read, truth400):
+    images, prompts = (part[:200] for part in truth400)
     assert sa.score(read, sa.blur(images, 0.8), prompts)[0]["items"]["value"] >= 0.99
+
+
+def test_scenes_through_the_shipped_autoencoder_are_read_right(read, truth400):
+    module, params = load_model(sa.CHECKER.parent / "pixart_tiny" / "vae")
+    images, prompts = (part[:100] for part in truth400)
+    mean, _ = module.apply({"params": params}, images / np.float32(127.5) - 1, method="encode")
+    drawn = np.asarray(module.apply({"params": params}, mean, method="decode"))
+    seen = np.round(np.clip(drawn / 2 + 0.5, 0, 1) * 255).astype(np.uint8)
+    assert sa.score(read, seen, prompts)[0]["items"]["value"] >= 0.99
 
 
 def test_every_word_and_every_heldout_pair_is_known(read):
@@ -86,6 +98,42 @@ def test_a_swapped_relation_is_wrong(read, relation):
     )
     assert verdict(read, right, right)["relation"]
     assert not verdict(read, wrong, right)["relation"]
+
+
+def test_flipping_the_depth_flips_the_order(read):
+    """The same sprites at the same places, painted the other way round."""
+    rng = np.random.default_rng(8)
+    pairs = [("panda", "train"), ("frog", "carrot"), ("tiger", "rocket"), ("crab", "cactus")]
+    for pair in pairs:
+        picture = make_scene(WORLD, rng, {"concepts": list(pair), "relation": "in front of"})
+        order = np.argsort([o["depth"] for o in picture["objects"]])[::-1]
+        _, flipped = composite(WORLD, picture["objects"], order, picture["background"], 64)
+        assert verdict(read, picture, picture)["relation"]
+        assert not verdict(read, {"image": flipped}, picture)["relation"]
+
+
+def test_each_object_keeps_its_own_style(read):
+    """A generated picture may mix styles; the sprites are not forced to share one."""
+    picture = scene(concepts=["panda", "train"], relation="left of", style="flat")
+    objects = [dict(picture["objects"][0]), {**picture["objects"][1], "style": "3d"}]
+    for o in objects:
+        h, w = WORLD.solid(o).shape
+        o["box"] = (o["box"][0], o["box"][1], o["box"][0] + w, o["box"][1] + h)
+    _, image = composite(WORLD, objects, [0, 1], picture["background"], 64)
+    found, _ = read(image[None])
+    assert {d.concept: d.style for d in found[0]} == {"panda": "flat", "train": "3d"}
+
+
+def test_a_sure_detection_stays_though_no_sprite_fits_unless_contradicted():
+    image = scene(concepts=["panda"], background="blue")["image"]
+    blue, sprites = WORLD.backgrounds["blue"], scene_read.sprites_of(WORLD, 64)
+    plain = np.broadcast_to(np.uint8(blue), (64, 64, 3))
+    sure, unsure = at("fox", 20, 20), dataclasses.replace(at("crab", 44, 44), score=0.2)
+    assert scene_read.read_one(plain, [sure, unsure], blue, sprites) == [sure]
+    (panda,) = sa.load_checker()(image[None])[0][0]
+    rival = dataclasses.replace(panda, concept="train", score=0.5)
+    read = scene_read.read_one(image, [panda, rival], blue, sprites)
+    assert [d.concept for d in read] == ["panda"]
 
 
 def test_another_style_or_background_is_wrong(read):
