@@ -10,8 +10,9 @@ import functools
 
 import numpy as np
 
+from cnxs_jax.data import layout
+
 TRUNCATE = 90.0**2  # largest error of a pixel, squared RGB distance in levels
-EXTENT = (0.28, 0.66)  # of sprites, as fractions of the picture: a little beyond the world's own
 BACKGROUND_NEAR = 45.0  # levels within which a border pixel belongs to the background
 
 
@@ -44,7 +45,8 @@ class Sprites:
 
     def __init__(self, world, size):
         self.world, self.size = world, size
-        self.extents = np.arange(round(EXTENT[0] * size), round(EXTENT[1] * size) + 1)
+        own = {round(f * size) for fractions in layout.EXTENT.values() for f in fractions}
+        self.extents = np.array(sorted(own))
         self.side = (int(self.extents[-1]) + 4 + 1) // 2 * 2
         self.margin = self.side // 2
         self.of = functools.cache(self._build)

@@ -49,8 +49,10 @@ def _next(picture, stack, pool):
     for detection in pool:
         if picture.near(left, detection) < COST:
             continue
-        for level, layers in enumerate(between):
-            gain, pose = picture.starts(detection, layers)[0]
+        # a sprite that touches none is the same at every level
+        near = any(_close(picture.sprites, pose, detection) for pose in stack)
+        for level in range(len(between)) if near else [len(stack)]:
+            gain, pose = picture.starts(detection, between[level])[0]
             tried.append((gain, level, pose, detection))
     tried.sort(key=lambda row: -row[0])
     best = None
@@ -85,6 +87,13 @@ def _settle(picture, stack, owners):
 def _touch(sprites, a, b):
     reach = (sprites.extents[a.extent] + sprites.extents[b.extent]) / 2 + 2
     return abs(a.top - b.top) < reach and abs(a.left - b.left) < reach
+
+
+def _close(sprites, pose, detection):
+    """Whether a detection's sprite could touch a pose's."""
+    y, x, extent = sprites.box(pose)
+    reach = (extent + sprites.extents[-1]) / 2 + 6
+    return abs(detection.y - y) < reach and abs(detection.x - x) < reach
 
 
 def _try_swap(picture, stack, owners, i, j):
