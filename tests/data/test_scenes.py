@@ -41,8 +41,8 @@ def test_splits_and_seeds_are_different_streams():
 
 
 PINNED = [
-    ("a tractor and a robot, sticker style on a gray background", (8, 36, 32, 57)),
-    ("a trophy on a pink background, 3d style", (0, 20, 28, 54)),
+    ("a tractor and a robot, sticker style on a gray background", (24, 32, 48, 53)),
+    ("a trophy on a pink background, 3d style", (0, 16, 28, 50)),
     ("a mushroom and a crab on a blue background", (0, 0, 28, 28)),
     ("a tiger on a white background, sticker style", (8, 0, 34, 28)),
 ]
@@ -130,8 +130,8 @@ def test_objects_lie_inside_and_vary_in_place_and_size():
         extents.append(obj["extent"])
     assert set(extents) == {28, 34}
     assert np.std([x for x, _ in boxes]) > 7
-    assert len(set(boxes)) > 60
-    assert not np.any(np.array(boxes) % 4)
+    assert len(set(boxes)) >= 20
+    assert not np.any(np.array(boxes) % 8)
 
 
 def test_train_and_test_never_show_heldout_pairs_or_relations():
