@@ -99,7 +99,7 @@ def teacher():
     config.data.tokenizer = "{assets}/pixart_tiny/tokenizer"
     config.data.max_length = 24
     config.vae_path = "{workdir}/vae/export/vae"
-    config.steps = 1900
+    config.steps = 1600
     config.batch_size = 32
     config.ema_decay = 0.999
     config.ema_warmup = True
