@@ -190,9 +190,9 @@ def test_duplicates_are_counted():
         ("left of", at("b", 20, 5), False),
         ("above", at("b", 45, 25), True),
         ("above", at("b", 25, 45), False),
-        ("in front of", at("b", 26, 30, covered=0.3), True),
+        ("in front of", at("b", 26, 30, covered=1.0), True),
         ("in front of", at("b", 26, 30), False),
-        ("in front of", at("b", 60, 60, covered=0.3), False),
+        ("in front of", at("b", 60, 60, covered=1.0), False),
     ],
 )
 def test_relations_by_geometry(kind, second, right):
