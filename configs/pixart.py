@@ -53,6 +53,7 @@ def common():
     config = ConfigDict()
     config.seed = 0
     config.grad_accum = 1
+    config.matmul_precision = "auto"
     config.log_every = 50
     config.save_every = 500
     config.sample_every = 2000
@@ -99,14 +100,14 @@ def teacher():
     config.data.tokenizer = "{assets}/pixart_tiny/tokenizer"
     config.data.max_length = 24
     config.vae_path = "{workdir}/vae/export/vae"
-    config.steps = 1600
+    config.steps = 6400
     config.batch_size = 32
     config.ema_decay = 0.999
     config.ema_warmup = True
     config.caption_dropout = 0.1
     config.optimizer = ConfigDict()
     config.optimizer.name = "adamw"
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer.learning_rate = 1.5e-3
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 300
     config.optimizer.final_scale = 0.02
@@ -138,6 +139,8 @@ def teacher():
     config.objective = ConfigDict()
     config.objective.prediction = "v_prediction"
     config.objective.loss_weighting = "uniform"
+    config.objective.logit_normal = (-0.5, 1.0)
+    config.objective.noises = 2
     return config
 
 

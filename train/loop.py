@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 import cnxs_jax
-from cnxs_jax import checkpoint, sharding
+from cnxs_jax import checkpoint, precision, sharding
 from cnxs_jax import tree as trees
 from cnxs_jax.errors import ConfigError, Stopped
 from train import optimizer, report, validate
@@ -159,6 +159,7 @@ def run(config, workdir, resume=False):
         write_json(workdir / "config.json", plain(config))
     with (
         jax.set_mesh(mesh),
+        precision.matmul(config.get("matmul_precision")),
         StopSignal() as stop,
         checkpoint.Checkpoints(
             workdir / "checkpoints", config.get("max_to_keep", 2), resume

@@ -39,14 +39,32 @@ def _mean(x):
     return x.reshape(x.shape[0], -1).mean(axis=1)
 
 
-def draw(keys, x, low, high):
-    """`(integers [B] in [low, high), normal noise like x)`, each example from its own key."""
+def draw(keys, x, low, high, logit_normal=None):
+    """`(integers [B] in [low, high), normal noise like x)`, each example from its own key.
+
+    The integers are uniform, or with `logit_normal` (mean, sd) the part of the way from low to high
+    is the logistic function of a normal number (Esser et al. 2024, section 3.1).
+    """
 
     def one(key):
         key_t, key_noise = jax.random.split(key)
-        return jax.random.randint(key_t, (), low, high), jax.random.normal(key_noise, x.shape[1:])
+        noise = jax.random.normal(key_noise, x.shape[1:])
+        if logit_normal is None:
+            return jax.random.randint(key_t, (), low, high), noise
+        mean, sd = logit_normal
+        part = jax.nn.sigmoid(mean + sd * jax.random.normal(key_t))
+        return jnp.clip(low + jnp.int32(part * (high - low)), low, high - 1), noise
 
     return jax.vmap(one)(example_keys(keys, x.shape[0]))
+
+
+def repeated(tree, keys, times):
+    """Every example of a batch `times` over, each with its own key."""
+    if times == 1:
+        return tree, keys
+    batch_size = jax.tree.leaves(tree)[0].shape[0]
+    keys = jax.vmap(lambda k: jax.random.split(k, times))(example_keys(keys, batch_size))
+    return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), tree), keys.reshape(-1)
 
 
 def _check(value, choices, where):
@@ -67,6 +85,8 @@ def denoise(
     snr_gamma=5.0,
     learned_range=False,
     t_range=None,
+    logit_normal=None,
+    noises=1,
 ):
     """Denoising: E ||target - denoise_fn(x_t)||^2 (Ho et al. 2020, eq. 14).
 
@@ -78,7 +98,9 @@ def denoise(
         loss_weighting: "uniform", or "min_snr" with `snr_gamma` (Hang et al. 2023).
         learned_range: adds IDDPM's variational bound for the learned variance, the next C
             channels (Nichol and Dhariwal 2021, section 3.1); it does not move the mean.
-        t_range: timesteps are uniform in [low, high); all of them unless given.
+        t_range: timesteps are drawn from [low, high); all of them unless given.
+        logit_normal: (mean, sd) of their density over that range; uniform unless given.
+        noises: timesteps and noises drawn for each example, whose encoding they share.
 
     Raises:
         ConfigError: an unknown name, or a range outside the schedule (JAX would clamp it).
@@ -89,10 +111,13 @@ def denoise(
     _check(loss_weighting, WEIGHTINGS, "loss_weighting")
     if not 0 <= low < high <= steps:
         raise ConfigError(f"t_range [{low}, {high}) is not inside [0, {steps})", "t_range")
+    if logit_normal is not None and logit_normal[1] <= 0:
+        raise ConfigError(f"sd {logit_normal[1]} is not above 0", "logit_normal", "e.g. (0.0, 1.0)")
 
     def objective(params, ema, frozen, batch, keys):
+        batch, keys = repeated(batch, keys, noises)
         x, cond = batch["x"].astype(jnp.float32), batch["cond"]
-        t, noise = draw(keys, x, low, high)
+        t, noise = draw(keys, x, low, high, logit_normal)
         x_t = schedules.add_noise(schedule, x, noise, t)
         out = denoise_fn(resolve(params, frozen), x_t, t, cond)
         target = predictions.target(schedule, x, noise, t, prediction)

@@ -35,6 +35,8 @@ DENOISE = {
     "snr_gamma": validate.Optional(validate.number(0, open_low=True)),
     "learned_range": validate.Optional(validate.boolean),
     "t_range": validate.Optional(validate.integers(2, low=0)),
+    "logit_normal": validate.Optional(validate.numbers(2)),
+    "noises": validate.Optional(validate.integer(1)),
 }
 CONSISTENCY = {
     "prediction": PREDICTION,

@@ -9,7 +9,7 @@ import importlib
 import math
 import re
 
-from cnxs_jax import sharding
+from cnxs_jax import precision, sharding
 from cnxs_jax.errors import ConfigError, did_you_mean
 from train import optimizer
 
@@ -113,6 +113,18 @@ def integers(length=None, low=1):
     return check
 
 
+def numbers(length):
+    """A tuple of numbers."""
+
+    def check(value, where):
+        if isinstance(value, str) or not hasattr(value, "__len__") or len(value) != length:
+            raise ConfigError(f"{value!r} is not a tuple of {length} numbers", where)
+        for item in value:
+            number()(item, where)
+
+    return check
+
+
 def anything(value, where):
     """No check here; whoever reads the value checks it."""
 
@@ -133,6 +145,7 @@ COMMON = {
     "mesh": mesh,
     "rules": Optional(rules),
     "freeze": Optional(patterns),
+    "matmul_precision": Optional(choice(*precision.PRECISIONS)),
     "resume": Optional(boolean),
     "optimizer": {
         "name": choice(*optimizer.OPTIMIZERS),

@@ -5,13 +5,12 @@ A box is (x0, y0, x1, y1) in px with exclusive ends; a shape is (height, width).
 
 HIDDEN_AT_MOST = 0.5  # of the back sprite of "in front of"
 HIDDEN_AT_LEAST = 0.15
-# Longest side of a sprite by the number of sprites, as fractions of the picture (28 or 34 px of 64
-# for one), and the grid of the positions (8 px of 64: a token of the small DiT). A caption leaves
-# both open, and that is what makes a few ODE steps blur. Finer choices were tried first: with every
-# pixel and every size from 20 to 38 px a DiT of four million parameters still drew blobs after
-# 64,000 pictures, with a grid of 4 px after 96,000, since each sprite then has many phases within a
-# token to be learnt one by one.
-EXTENT = {1: (28 / 64, 34 / 64), 2: (24 / 64, 28 / 64), 3: (20 / 64, 24 / 64)}
+# Longest side of a sprite as a fraction of the picture (24 or 32 px of 64), and the grid of the
+# positions (8 px of 64: a token of the small DiT). A caption leaves both open, and that is what
+# makes a few ODE steps blur. Finer choices were tried first: with every pixel and every size from 20
+# to 38 px a DiT of four million parameters still drew blobs after 64,000 pictures, with a grid of
+# 4 px after 96,000, since each sprite then has many phases within a token to be learnt one by one.
+EXTENT = (24 / 64, 32 / 64)
 GRID = 8 / 64
 
 
@@ -23,7 +22,7 @@ def draw_layout(world, rng, facts, size):
     included.
     """
     kind = facts["relation"] and facts["relation"][1]
-    extents = [round(f * size) for f in EXTENT[len(facts["concepts"])]]
+    extents = [round(f * size) for f in EXTENT]
     while True:
         objects = []
         for concept in facts["concepts"]:

@@ -45,7 +45,7 @@ class Sprites:
 
     def __init__(self, world, size):
         self.world, self.size = world, size
-        own = {round(f * size) for fractions in layout.EXTENT.values() for f in fractions}
+        own = {round(f * size) for f in layout.EXTENT}
         self.extents = np.array(sorted(own))
         self.side = (int(self.extents[-1]) + 4 + 1) // 2 * 2
         self.margin = self.side // 2
