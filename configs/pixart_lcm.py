@@ -106,6 +106,7 @@ def tiny():
     config = published()
     config.teacher_path = "{assets}/pixart_tiny"
     config.dtype = "float32"
+    config.matmul_precision = "auto"
     config.data.size = 64
     config.data.max_length = 24
     config.steps = 300

@@ -22,7 +22,7 @@ REFERENCE = flags.DEFINE_integer("reference_steps", 50, "Guided steps of the tea
 GUIDANCE = flags.DEFINE_float("guidance_scale", None, "Teacher's; default 1 + the config's omega.")
 TEACHER = flags.DEFINE_string("teacher", None, "Pipeline directory; default: the config's.")
 STUDENT = flags.DEFINE_string("student", None, "Pipeline directory; default: RUN/export.")
-BATCH = flags.DEFINE_integer("batch_size", 64, "Pictures drawn at once.", lower_bound=1)
+BATCH = flags.DEFINE_integer("batch_size", None, "Pictures drawn at once.", lower_bound=1)
 
 
 def whole_numbers(words):

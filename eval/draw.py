@@ -30,7 +30,7 @@ def pipeline_generator(pipelines, guidance_scale=None, batch_size=64):
         for start in range(0, len(captions), batch_size):
             texts = list(captions[start : start + batch_size])
             spots = list(seeds[start : start + batch_size])
-            missing = min(batch_size, len(captions)) - len(texts)
+            missing = batch_size - len(texts)
             result = pipe(
                 texts + texts[-1:] * missing,
                 num_inference_steps=row.steps,

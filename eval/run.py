@@ -8,6 +8,7 @@ was, and metrics can be added without drawing again.
 from pathlib import Path
 
 import cnxs_jax
+from cnxs_jax import precision
 from cnxs_jax.errors import ConfigError, DataError, did_you_mean
 from eval import pictures, plan, report
 from eval.draw import cached, identity, pipeline_generator, round_trip
@@ -204,13 +205,14 @@ def directories(config, workdir, teacher=None, student=None):
 
 def main(config, workdir, *, metrics=METRICS, num_prompts=512, num_real=2000, steps=(1, 2, 4, 8),
          reference_steps=50, solvers=tuple(plan.SCHEDULERS), guidance_scale=None, teacher=None,
-         student=None, batch_size=64, seed=0, out=None, summary=None):  # fmt: skip
+         student=None, batch_size=None, seed=0, out=None, summary=None):  # fmt: skip
     """Evaluates a run (see `python -m eval --help`) and returns the path of the report.
 
     Args:
         out: directory of the report, `workdir`/eval by default. Training's own short report is the
             same call with fewer prompts and `out=workdir`.
         solvers: names in `plan.SCHEDULERS` for the teacher's rows.
+        batch_size: pictures drawn at once; by default one that all prompt sets fill, up to 64.
         summary: figures to print below the tables, such as the training cost.
 
     Raises:
@@ -223,8 +225,10 @@ def main(config, workdir, *, metrics=METRICS, num_prompts=512, num_real=2000, st
     rows = plan.rows(steps, reference_steps, "student" in places, solvers)
     world = emoji_scenes.world()
     sets = {"test": plan.prompts(world, "test", num_prompts, seed)}
+    held_out = max(num_prompts // 4, 1)
     for split in ("heldout_pairs", "heldout_relations"):
-        sets[split] = plan.prompts(world, split, max(num_prompts // 4, 1), seed)
+        sets[split] = plan.prompts(world, split, held_out, seed)
+    batch_size = batch_size or min(held_out, 64)
     real = plan.prompts(world, "test", num_real, seed + REAL_SEED).images
     who = {name: identity(path) for name, path in places.items()}
     if guidance_scale is None and "objective" in config and "omega" in config.objective:
@@ -236,7 +240,8 @@ def main(config, workdir, *, metrics=METRICS, num_prompts=512, num_real=2000, st
     wanted = "kid" in metrics and features.weights_path() is not None
     extract = features.extractor() if wanted else None
     ceilings = {"real scenes through the VAE": round_trip(pipes["teacher"], batch_size)}
-    table = evaluate(make, rows, sets, real, metrics, extract=extract, ceilings=ceilings)
+    with precision.matmul(config.get("matmul_precision")):
+        table = evaluate(make, rows, sets, real, metrics, extract=extract, ceilings=ceilings)
     sentences = notes(num_prompts, num_real, guidance_scale)
     path = write(out, table, rows, make, sets["test"], sentences, summary=summary)
     print(report.table(table))

@@ -7,9 +7,9 @@ HIDDEN_AT_MOST = 0.5  # of the back sprite of "in front of"
 HIDDEN_AT_LEAST = 0.15
 # Longest side of a sprite as a fraction of the picture (24 or 32 px of 64), and the grid of the
 # positions (8 px of 64: a token of the small DiT). A caption leaves both open, and that is what
-# makes a few ODE steps blur. Finer choices were tried first: with every pixel and every size from 20
-# to 38 px a DiT of four million parameters still drew blobs after 64,000 pictures, with a grid of
-# 4 px after 96,000, since each sprite then has many phases within a token to be learnt one by one.
+# makes a few ODE steps blur. Finer choices were tried first: with every pixel and every size from
+# 20 to 38 px a DiT of four million parameters still drew blobs after 64,000 pictures, with a grid
+# of 4 px after 96,000, since each sprite then has many phases within a token to learn one by one.
 EXTENT = (24 / 64, 32 / 64)
 GRID = 8 / 64
 

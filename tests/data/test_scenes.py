@@ -41,10 +41,10 @@ def test_splits_and_seeds_are_different_streams():
 
 
 PINNED = [
-    ("a tractor and a robot, sticker style on a gray background", (24, 32, 48, 53)),
-    ("a trophy on a pink background, 3d style", (0, 16, 28, 50)),
-    ("a mushroom and a crab on a blue background", (0, 0, 28, 28)),
-    ("a tiger on a white background, sticker style", (8, 0, 34, 28)),
+    ("a tractor and a robot, sticker style on a gray background", (8, 32, 32, 53)),
+    ("a trophy on a pink background, 3d style", (0, 24, 26, 56)),
+    ("a mushroom and a crab on a blue background", (0, 0, 32, 32)),
+    ("a tiger on a white background, sticker style", (8, 0, 30, 24)),
 ]
 
 
@@ -128,7 +128,7 @@ def test_objects_lie_inside_and_vary_in_place_and_size():
         assert max(x1 - x0, y1 - y0) == obj["extent"]
         boxes.append((x0, y0))
         extents.append(obj["extent"])
-    assert set(extents) == {28, 34}
+    assert set(extents) == {24, 32}
     assert np.std([x for x, _ in boxes]) > 7
     assert len(set(boxes)) >= 20
     assert not np.any(np.array(boxes) % 8)

@@ -155,3 +155,41 @@ def test_autoencoder_edges_see_what_l1_does_not():
     assert loss(jnp.ones((1, 1, 1, 1)), 1.0) == pytest.approx(1.0, abs=1e-5)
     assert loss(checker, 0.0) == pytest.approx(1.0, abs=1e-5)
     assert loss(checker, 1.0) == pytest.approx(5.0, abs=1e-4)
+
+
+def drawn(**options):
+    """The timesteps of many draws."""
+    seen = []
+
+    def spy(params, x_t, t, cond):
+        seen.append((t, x_t, cond["n"]))
+        return x_t
+
+    x = jnp.zeros((512, 1, 1, 1))
+    batch = {"x": x, "cond": {"n": jnp.arange(512)}}
+    objectives.denoise(spy, LINEAR, **options)({}, {}, {}, batch, KEY)
+    return [np.asarray(a) for a in seen[0]]
+
+
+def test_logit_normal_timesteps_have_its_quantiles():
+    """The median is low + (high - low) * sigmoid(mean); one sd is one logit."""
+    t, _, _ = drawn(logit_normal=(-0.5, 1.0), t_range=(200, 1000), noises=8)
+    part = (np.sort(t) - 200 + 0.5) / 800
+    logits = np.log(part / (1 - part))
+    assert t.min() >= 200
+    assert t.max() < 1000
+    assert np.median(logits) == pytest.approx(-0.5, abs=0.06)
+    spread = np.quantile(logits, 0.841) - np.quantile(logits, 0.159)
+    assert spread == pytest.approx(2.0, abs=0.12)
+
+
+def test_a_spread_of_zero_is_refused():
+    with pytest.raises(ConfigError, match="not above 0"):
+        objectives.denoise(oracle("epsilon"), LINEAR, logit_normal=(0.0, 0.0))
+
+
+def test_each_example_gets_several_noises_of_its_own():
+    t, x_t, n = drawn(noises=3)
+    assert n.tolist() == np.repeat(np.arange(512), 3).tolist()
+    assert len(np.unique(x_t)) == 3 * 512
+    assert (t.reshape(512, 3).std(axis=1) > 0).mean() > 0.99
