@@ -1,7 +1,5 @@
 """A config's data: the loader, a few fixed examples to look at, tokens and the null caption."""
 
-import pathlib
-
 import jax
 import numpy as np
 
@@ -66,14 +64,14 @@ def tokens(config, tokenizer, captions):
 
 
 def null_caption(directory):
-    """PixArt's learned unconditional caption [L,D], kept beside diffusers' files."""
-    from safetensors.numpy import load_file
+    """PixArt's learned unconditional caption [L,D] of a pipeline directory."""
+    from cnxs_jax.pipelines.load import load_null_caption
 
-    path = pathlib.Path(directory) / "null_caption.safetensors"
-    if not path.is_file():
+    found = load_null_caption(directory, "transformer")
+    if found is None:
         raise CheckpointError(
             "the learned null caption is missing",
-            path,
+            directory,
             'convert the teacher from PixArt\'s own .pth, or set config.null = "empty_prompt"',
         )
-    return load_file(path)["null_caption"]
+    return found

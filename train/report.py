@@ -6,17 +6,6 @@ come from `python -m eval --config=... --workdir=...`.
 
 import json
 
-from train import validate
-
-KEYS = {
-    "num_prompts": validate.integer(1),
-    "num_real": validate.integer(2),
-    "steps": validate.integers(low=1),
-    "reference_steps": validate.integer(1),
-    "solvers": validate.Optional(validate.anything),
-    "guidance_scale": validate.Optional(validate.number(0)),
-}
-
 
 def write(config, workdir):
     """The report of a run that asks for one and has none yet; its path, or None.

@@ -1,5 +1,6 @@
 """The recipes from start to end at their smallest: VAE, teacher, student, and what they export."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -13,8 +14,9 @@ from PIL import Image
 
 import cnxs_jax
 import configs.pixart
+import configs.pixart_lcm
 from cnxs_jax import tree as trees
-from cnxs_jax.errors import ConfigError
+from cnxs_jax.errors import CheckpointError, ConfigError
 from train import log, loop
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -114,3 +116,29 @@ def test_freezing_by_pattern_keeps_those_weights(teacher, tmp_path):
         if "/attn2/" in path:
             assert same, path
     assert not np.array_equal(after["proj_out/kernel"], before["proj_out/kernel"])
+
+
+def test_the_learned_null_caption_is_what_guides(teacher, tmp_path):
+    """As converted from PixArt's own .pth: a side file of the transformer, kept by the student."""
+    path = tmp_path / "teacher"
+    pipe = cnxs_jax.load_pipeline(teacher / "teacher" / "export")
+    null = np.random.default_rng(0).standard_normal((24, 16)).astype(np.float32)
+    cnxs_jax.save_pipeline(dataclasses.replace(pipe, null_text=null), path)
+    config = configs.pixart_lcm.get_config("smoke")
+    config.teacher_path, config.null, config.data.size = str(path), "learned", 32
+    task = loop.build_task(config)
+    raw = {k: v for k, v in next(task.loader).items() if loop.is_numeric(v)}
+    cond = task.encode(task.encoders, raw, jax.random.key(0))["cond"]
+    np.testing.assert_array_equal(cond["null"]["text"], np.stack([null] * config.batch_size))
+    assert "text_mask" not in cond["null"]  # the prompt's own mask counts
+    task.export(task.params, task.frozen, task.encoders, tmp_path / "export")
+    again = cnxs_jax.load_pipeline(tmp_path / "export").null_text
+    np.testing.assert_array_equal(again, null)
+
+
+def test_a_missing_null_caption_is_named(teacher):
+    config = configs.pixart_lcm.get_config("smoke")
+    config.teacher_path, config.null = str(teacher / "teacher" / "export"), "learned"
+    config.data.size = 32
+    with pytest.raises(CheckpointError, match="null caption is missing"):
+        loop.build_task(config)
