@@ -10,6 +10,7 @@ from train import validate
 KEYS = {
     "source": validate.choice(*pipeline.SOURCES),
     "split": validate.Optional(validate.text),
+    "root": validate.Optional(validate.text),
     "size": validate.integer(8),
     "seed": validate.Optional(validate.integer(0)),
     "num_concepts": validate.Optional(validate.integer(1)),
@@ -25,7 +26,12 @@ def open_source(config, seed=None):
     options = {"num_concepts": data.num_concepts} if data.get("num_concepts") else {}
     seed = data.get("seed", 0) if seed is None else seed
     return pipeline.open_source(
-        data.source, data.get("split", "train"), data.size, seed=seed, **options
+        data.source,
+        data.get("split", "train"),
+        data.size,
+        seed=seed,
+        root=data.get("root"),
+        **options,
     )
 
 
@@ -49,7 +55,7 @@ def open_loader(config, tokens=True, tokenizer_path=None):
 def examples(config, number):
     """The first `number` examples of another seed than training's: {"image", "caption"}."""
     source = open_source(config, seed=config.data.get("seed", 0) + 1)
-    found = [source[i] for i in range(number)]
+    found = [source[i % len(source)] for i in range(number)]
     return {
         "image": np.stack([e["image"] for e in found]),
         "caption": [e["caption"] for e in found],

@@ -9,31 +9,40 @@ import grain.python as grain
 import numpy as np
 
 from cnxs_jax import errors
-from cnxs_jax.data import emoji_scenes, scenes, shapes, text
+from cnxs_jax.data import emoji_scenes, image_folder, scenes, shapes, text
 
-SOURCES = {"emoji_scenes": emoji_scenes.world, "shapes": shapes.world}
+WORLDS = {"emoji_scenes": (emoji_scenes.world, 64), "shapes": (shapes.world, 32)}
+SOURCES = (*WORLDS, "image_folder")
 ENDLESS = 2**60
 
 
-def open_source(name, split="train", size=None, *, truth=False, seed=0, **world_options):
+def open_source(name, split="train", size=None, *, truth=False, seed=0, root=None,
+                **world_options):  # fmt: skip
     """An indexable source of examples: `source[i] -> {"image", "caption", ...}`.
 
     Args:
-        name: "emoji_scenes" or "shapes".
-        split: "train", "test", "heldout_pairs" or "heldout_relations".
-        size: picture side, px; default 64 (shapes: 32).
+        name: "emoji_scenes", "shapes" or "image_folder".
+        split: "train", "test", "heldout_pairs" or "heldout_relations"; a folder has none.
+        size: picture side, px; default 64 (shapes: 32, folders: 512).
         truth: also give masks, edges, depth.
         seed: another seed is another set of scenes.
+        root: the folder of "image_folder".
         world_options: e.g. `num_concepts`.
 
     Raises:
-        errors.ConfigError: unknown name or split.
+        errors.ConfigError: unknown name or split, or no root.
+        errors.DataError: what is wrong with a folder.
     """
     if name not in SOURCES:
         fix = f"use one of {tuple(SOURCES)}" + errors.did_you_mean(name, SOURCES)
         raise errors.ConfigError(f"unknown source {name!r}", "data.source", fix)
-    size = size or {"emoji_scenes": 64, "shapes": 32}[name]
-    return scenes.SceneSource(SOURCES[name](**world_options), split, size, truth, seed)
+    if name == "image_folder":
+        if not root:
+            fix = "e.g. --config.data.root=photos"
+            raise errors.ConfigError("image_folder needs a folder", "data.root", fix)
+        return image_folder.ImageFolder(root, size or 512)
+    world, usual = WORLDS[name]
+    return scenes.SceneSource(world(**world_options), split, size or usual, truth, seed)
 
 
 class _Batches:

@@ -1,0 +1,175 @@
+"""A folder of your own pictures: `a.jpg` beside `a.txt`, or `metadata.jsonl` beside the pictures.
+
+    photos/cat.jpg  photos/cat.txt                      one caption a picture, the first line counts
+    photos/metadata.jsonl                               {"file_name": "cat.jpg", "text": "a cat"}
+
+The second is the convention of Hugging Face's `imagefolder`. Pictures are turned as their EXIF tag
+says, laid on white where they are transparent, scaled to cover the wanted size, and cut at the
+centre.
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+
+import numpy as np
+
+from cnxs_jax import errors
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+METADATA = "metadata.jsonl"
+MAX_PIXELS = 2**28  # a header that promises more is refused before anything is decoded
+SHOWN = 3  # names in an error
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One picture: its file and its caption."""
+
+    path: pathlib.Path
+    caption: str
+
+
+class ImageFolder:
+    """An indexable source: `source[i] -> {"image" uint8 [H,W,3], "caption", "original_size"}`.
+
+    Args:
+        root: the folder; pictures in folders below it are found too.
+        size: the side of square pictures, px, or a function `index -> (height, width)`.
+
+    Raises:
+        DataError: no folder, no pictures, a picture without a caption, a broken `metadata.jsonl`;
+            and when an example is read, a file that is not a picture.
+    """
+
+    def __init__(self, root, size):
+        self.root = pathlib.Path(root).expanduser()
+        self.entries = find(self.root)
+        self.size = size if callable(size) else lambda index: (size, size)
+        listing = "\n".join(f"{e.path.relative_to(self.root)}\t{e.caption}" for e in self.entries)
+        self.fingerprint = hashlib.sha256(listing.encode()).hexdigest()[:16]
+
+    def __len__(self):
+        return len(self.entries)
+
+    def __repr__(self):
+        return f"ImageFolder({len(self)} pictures, {self.fingerprint})"
+
+    def __getitem__(self, index):
+        entry = self.entries[int(index)]
+        height, width = self.size(int(index))
+        with opened(entry.path) as picture:
+            upright = turned(picture)
+            image = covered(upright, height, width)
+        return {
+            "image": image,
+            "caption": entry.caption,
+            "original_size": np.array([upright.height, upright.width], np.int32),
+        }
+
+    def original_sizes(self):
+        """(height, width) of every picture, int32 [N, 2], from the files' headers."""
+        sizes = []
+        for entry in self.entries:
+            with opened(entry.path) as picture:
+                width, height = picture.size
+                swapped = picture.getexif().get(0x0112, 1) >= 5  # EXIF orientation: on its side
+                sizes.append((width, height) if swapped else (height, width))
+        return np.array(sizes, np.int32)
+
+
+def find(root):
+    """The pictures of a folder with their captions, sorted by path."""
+    if not root.is_dir():
+        raise errors.DataError("no such folder", str(root), "data.root: a folder of pictures")
+    paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    if not paths:
+        fix = f"put pictures there ({', '.join(SUFFIXES)}), each with a .txt caption"
+        raise errors.DataError("no pictures in this folder", str(root), fix)
+    written = {}
+    for file in sorted(root.rglob(METADATA)):
+        written |= read_metadata(file)
+    found = [(p, written.get(p) or text_beside(p)) for p in paths]
+    bare = [str(p.relative_to(root)) for p, caption in found if not caption]
+    if bare:
+        names = ", ".join(bare[:SHOWN]) + (", ..." if len(bare) > SHOWN else "")
+        fix = f"write {pathlib.Path(bare[0]).with_suffix('.txt')}, or a line in {METADATA}"
+        raise errors.DataError(f"{len(bare)} pictures without a caption: {names}", str(root), fix)
+    return [Entry(p, caption) for p, caption in found]
+
+
+def text_beside(path):
+    """The first line of the .txt file of a picture, or None."""
+    file = path.with_suffix(".txt")
+    if not file.is_file():
+        return None
+    try:
+        lines = file.read_text(encoding="utf-8-sig").strip().splitlines()
+    except UnicodeDecodeError as error:
+        raise errors.DataError(f"not UTF-8 text: {error}", str(file), "save it as UTF-8") from None
+    return lines[0].strip() if lines else None
+
+
+def read_metadata(file):
+    """{picture's path: caption} of a `metadata.jsonl`; pictures that it names must be there."""
+    captions = {}
+    for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{file}:{number}"
+        try:
+            row = json.loads(line)
+            path, caption = file.parent / row["file_name"], row["text"]
+        except (ValueError, KeyError, TypeError) as error:
+            fix = 'one JSON object a line: {"file_name": "cat.jpg", "text": "a cat"}'
+            raise errors.DataError(f"cannot be read: {error!r}", where, fix) from None
+        if not isinstance(caption, str) or not caption.strip():
+            raise errors.DataError(f"no caption for {row['file_name']}", where)
+        if not path.is_file():
+            raise errors.DataError(f"{row['file_name']} is not in the folder", where)
+        captions[path] = caption.strip()
+    return captions
+
+
+def opened(path):
+    """The picture's header, read; its pixels are decoded later. A context manager."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        picture = Image.open(path)
+    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+        raise errors.DataError(f"not a picture: {error}", str(path), "remove it") from None
+    if picture.width * picture.height > MAX_PIXELS:
+        picture.close()
+        what = f"{picture.width} x {picture.height} pixels are too many"
+        raise errors.DataError(what, str(path), f"at most {MAX_PIXELS} pixels")
+    return picture
+
+
+def turned(picture):
+    """RGB, upright, on white."""
+    from PIL import Image, ImageOps
+
+    try:
+        picture = ImageOps.exif_transpose(picture)
+        if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+            rgba = picture.convert("RGBA")
+            white = Image.new("RGBA", rgba.size, "white")
+            picture = Image.alpha_composite(white, rgba)
+        return picture.convert("RGB")
+    except (OSError, ValueError, SyntaxError) as error:
+        name = getattr(picture, "filename", "picture")
+        raise errors.DataError(f"damaged picture: {error}", str(name), "remove it") from None
+
+
+def covered(picture, height, width):
+    """uint8 [height, width, 3]: scaled (bicubic) until it covers the size, cut at the centre."""
+    from PIL import Image
+
+    scale = max(height / picture.height, width / picture.width)
+    size = (max(round(picture.width * scale), width), max(round(picture.height * scale), height))
+    if size != picture.size:
+        picture = picture.resize(size, Image.BICUBIC)
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    return np.asarray(picture.crop((left, top, left + width, top + height)))
