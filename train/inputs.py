@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 
-from cnxs_jax.data import pipeline, text
-from cnxs_jax.errors import CheckpointError
+from cnxs_jax.data import buckets, image_folder, pipeline, text
+from cnxs_jax.errors import CheckpointError, ConfigError
 from train import validate
 
 KEYS = {
@@ -17,6 +17,7 @@ KEYS = {
     "tokenizer": validate.Optional(validate.text),
     "max_length": validate.Optional(validate.integer(1, 512)),
     "prefetch": validate.Optional(validate.integer(0)),
+    "buckets": validate.Optional(validate.boolean),
 }
 
 
@@ -39,17 +40,22 @@ def open_loader(config, tokens=True, tokenizer_path=None):
     """`(loader, tokenizer)`: this process's share of the batches; no tokenizer without `tokens`."""
     path = tokenizer_path or config.data.get("tokenizer")
     tokenizer = text.load_tokenizer(path) if tokens else None
-    loader = pipeline.make_loader(
-        open_source(config),
-        batch_size=config.batch_size,
-        seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        tokenizer=tokenizer,
-        max_length=config.data.get("max_length", text.MAX_LENGTH),
-        prefetch=config.data.get("prefetch", 2),
-    )
-    return loader, tokenizer
+    source = open_source(config)
+    options = {
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+        "process_index": jax.process_index(),
+        "process_count": jax.process_count(),
+        "tokenizer": tokenizer,
+        "max_length": config.data.get("max_length", text.MAX_LENGTH),
+    }
+    if config.data.get("buckets"):
+        if not isinstance(source, image_folder.ImageFolder):
+            what = f"buckets need pictures of several shapes, not {config.data.source!r}"
+            raise ConfigError(what, "data.buckets", 'set data.source = "image_folder"')
+        return buckets.BucketLoader(source, config.data.size, **options), tokenizer
+    prefetch = config.data.get("prefetch", 2)
+    return pipeline.make_loader(source, prefetch=prefetch, **options), tokenizer
 
 
 def examples(config, number):

@@ -58,13 +58,19 @@ def latents(vae, params, image, key):
     return (z - (vae.shift_factor or 0.0)) * vae.scaling_factor
 
 
-def sizes_of(dit, image):
-    """Micro-conditioning: `size` [B,2] and `aspect` [B,1] of pictures [B,H,W,3], or nothing."""
+def sizes_of(dit, raw):
+    """Micro-conditioning: `size` [B,2] and `aspect` [B,1] of a raw batch, or nothing.
+
+    Buckets know both: the file's height and width, px, and the bucket's ratio, as PixArt-alpha
+    trains. Otherwise they are those of the pictures [B,H,W,3].
+    """
     if not dit.micro_conditioning:
         return {}
-    height, width = image.shape[1:3]
-    size = jnp.broadcast_to(jnp.array([[height, width]], jnp.float32), (image.shape[0], 2))
-    return {"size": size, "aspect": jnp.full((image.shape[0], 1), height / width)}
+    if "aspect" in raw:
+        return {"size": raw["original_size"].astype(jnp.float32), "aspect": raw["aspect"]}
+    batch, height, width = raw["image"].shape[:3]
+    size = jnp.broadcast_to(jnp.array([[height, width]], jnp.float32), (batch, 2))
+    return {"size": size, "aspect": jnp.full((batch, 1), height / width)}
 
 
 def whole_mask(length):

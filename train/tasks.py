@@ -221,7 +221,7 @@ def denoiser(config):
             embedded = text.apply({"params": encoders["text_encoder"]}, ids, mask)
             cond = {"text": embedded, "text_mask": mask}
         x = latents(vae, encoders["vae"], raw["image"], key_vae)
-        return {"x": x, "cond": {**cond, **sizes_of(dit, raw["image"])}}
+        return {"x": x, "cond": {**cond, **sizes_of(dit, raw)}}
 
     def init(key):
         key_dit, key_text = jax.random.split(key)
@@ -230,7 +230,7 @@ def denoiser(config):
             "text": jnp.zeros((1, length, dit.caption_channels)),
             "text_mask": whole_mask(length),
         }
-        cond |= sizes_of(dit, jnp.zeros((1, side, side, 3)))
+        cond |= sizes_of(dit, {"image": jnp.zeros((1, side, side, 3))})
         x = jnp.zeros((1, side, side, dit.in_channels))
         params = dit.init(key_dit, x, jnp.zeros((1,)), cond)["params"]
         if not joint:
@@ -303,7 +303,7 @@ def distill(config):
             }
         cond = {"text": embed(raw["input_ids"], mask), "text_mask": mask, "null": null}
         x = latents(vae, encoders["vae"], raw["image"], key)
-        return {"x": x, "cond": {**cond, **sizes_of(dit, raw["image"])}}
+        return {"x": x, "cond": {**cond, **sizes_of(dit, raw)}}
 
     def components(params, encoders):
         return {

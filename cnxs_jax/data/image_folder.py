@@ -36,7 +36,7 @@ class ImageFolder:
 
     Args:
         root: the folder; pictures in folders below it are found too.
-        size: the side of square pictures, px, or a function `index -> (height, width)`.
+        size: the side of the pictures, px.
 
     Raises:
         DataError: no folder, no pictures, a picture without a caption, a broken `metadata.jsonl`;
@@ -46,7 +46,7 @@ class ImageFolder:
     def __init__(self, root, size):
         self.root = pathlib.Path(root).expanduser()
         self.entries = find(self.root)
-        self.size = size if callable(size) else lambda index: (size, size)
+        self.size = size
         listing = "\n".join(f"{e.path.relative_to(self.root)}\t{e.caption}" for e in self.entries)
         self.fingerprint = hashlib.sha256(listing.encode()).hexdigest()[:16]
 
@@ -57,8 +57,11 @@ class ImageFolder:
         return f"ImageFolder({len(self)} pictures, {self.fingerprint})"
 
     def __getitem__(self, index):
+        return self.read(index, self.size, self.size)
+
+    def read(self, index, height, width):
+        """Example `index` in another size than the source's own, px."""
         entry = self.entries[int(index)]
-        height, width = self.size(int(index))
         with opened(entry.path) as picture:
             upright = turned(picture)
             image = covered(upright, height, width)
