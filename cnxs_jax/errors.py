@@ -1,5 +1,7 @@
 """One family of errors: what is wrong, where, how to fix it, and a documented exit code."""
 
+import functools
+import re
 import sys
 
 EXIT_CODES = {
@@ -77,6 +79,34 @@ def run_main(main, *args):
     except CnxsError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.code)
+
+
+def run_app(main):
+    """`absl.app.run(main)` whose mistakes, those of the command line too, are messages."""
+    from absl import app
+
+    run_main(functools.partial(app.run, main, flags_parser=parse_flags))
+
+
+def parse_flags(argv):
+    """absl's flags from `argv`; what is left of it. ConfigError instead of absl's exit 1."""
+    from absl import flags
+
+    try:
+        left = flags.FLAGS(argv)
+        if "config" in flags.FLAGS and flags.FLAGS.config is not None:
+            flags.FLAGS.config.keys()  # a file that could not be read raises only here
+        return left
+    except (AttributeError, KeyError) as error:  # ml_collections: a key that is not there
+        name, *hint = re.findall(r"\w[\w ]*\w", str(error))
+        where = next((a for a in argv if f".{name}" in a), "command line")
+        fix = "keys are those of the config file, e.g. --config.optimizer.learning_rate=1e-4"
+        hint = f'. Did you mean "{hint[1]}"?' if len(hint) > 1 else ""
+        raise ConfigError(f"the config has no key {name!r}{hint}", where, fix) from None
+    except (flags.Error, OSError, TypeError, ValueError) as error:
+        # No such file or variant, a wrong type; the cause stands in the last line.
+        cause = str(error).strip().splitlines()[-1].strip().removeprefix("ValueError: ")
+        raise ConfigError(cause, "command line", "see --help") from None
 
 
 def did_you_mean(word, choices):

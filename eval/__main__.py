@@ -4,7 +4,7 @@ Compares the student with its teacher (or measures a teacher alone) on held-out 
 RUN/eval/report.md, report.json and the pictures. A stopped evaluation goes on where it was.
 """
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from cnxs_jax import errors
@@ -54,4 +54,5 @@ def main(argv):
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(lambda argv: errors.run_main(main, argv))
+    flags.register_validator("workdir", bool, message="give a directory")
+    errors.run_app(main)

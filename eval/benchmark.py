@@ -17,7 +17,7 @@ import statistics
 import time
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
 from cnxs_jax import errors
 
@@ -267,4 +267,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(lambda argv: errors.run_main(main, argv))
+    errors.run_app(main)

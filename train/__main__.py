@@ -2,7 +2,7 @@
 
 import os
 
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import config_flags
 
 from cnxs_jax import errors
@@ -63,4 +63,5 @@ def main(argv):
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(lambda argv: errors.run_main(main, argv))
+    flags.register_validator("workdir", bool, message="give a directory")
+    errors.run_app(main)

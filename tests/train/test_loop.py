@@ -215,3 +215,25 @@ def test_help_and_mistakes_are_one_message(tmp_path):
     peer = run("--config=tests/train/toy.py", f"--workdir={tmp_path}", "--num_processes=2")
     assert peer.returncode == 6
     assert "belong together" in peer.stderr
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--config.typo=3", "the config has no key 'typo'"),
+        ("--config.optimizer.learningrate=1", 'Did you mean "learning_rate"'),
+        ("--config.steps=many", "invalid literal"),
+        ("--nosuch=1", "nosuch"),
+        ("--config=configs/nope.py", "configs/nope.py"),
+        ("--config=configs/pixart_lcm.py:tny", "unknown variant 'tny', use one of tiny"),
+        ("--workdir=", "give a directory"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_one_message(flag, message):
+    """Before absl or ml_collections can print a traceback, and with exit code 2."""
+    command = [sys.executable, "-m", "train", "--config=tests/train/toy.py", "--workdir=x", flag]
+    bad = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert bad.returncode == 2
+    assert bad.stderr.startswith("error: ")
+    assert message in bad.stderr
+    assert "Traceback" not in bad.stderr
