@@ -33,11 +33,13 @@ On a TPU slice (all hosts; parameters, moments and EMA are split over the device
   hf download PixArt-alpha/PixArt-XL-2-512x512 --local-dir PixArt-XL-2-512x512
   python -m train --config=configs/pixart_lcm.py:xl_512 --workdir=gs-mount/lcm_512 \
       --config.teacher_path=PixArt-XL-2-512x512 --distributed
-For :xl_256 and :xl_1024 take PixArt-XL-2-256x256 and PixArt-XL-2-1024-MS.
+For :xl_256 and :xl_1024 take PixArt-XL-2-256x256 and PixArt-XL-2-1024-MS. On your own pictures
+(photos/a.jpg beside photos/a.txt, or metadata.jsonl), in PixArt's 40 aspect ratios:
+  --config.data.source=image_folder --config.data.root=photos --config.data.buckets=True
 The result, a diffusers directory with an LCMScheduler, is `--workdir`/export.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 SIZES = {"xl_256": 256, "xl_512": 512, "xl_1024": 1024}
 TEACHERS = {
@@ -92,6 +94,8 @@ def published():
     config.data.source = "emoji_scenes"
     config.data.split = "train"
     config.data.seed = 0
+    config.data.root = config_dict.placeholder(str)  # the folder of "image_folder"
+    config.data.buckets = False
     config.log_every = 10
     config.save_every = 200
     config.sample_every = 500
