@@ -149,7 +149,9 @@ class LogNormal:
 
     def quantile(self, sigma):
         """Share of the distribution below noise level `sigma`, float64 on the host."""
-        return ndtr((np.log(np.asarray(sigma, np.float64) / self.scale) - self.mean) / self.std)
+        with np.errstate(divide="ignore"):  # level 0 has the quantile 0
+            z = (np.log(np.asarray(sigma, np.float64) / self.scale) - self.mean) / self.std
+        return ndtr(z)
 
     def from_uniform(self, uniform, low=0.0, high=1.0):
         """Noise levels, float32, for `uniform` in (0, 1) within the quantiles [low, high)."""
