@@ -70,9 +70,7 @@ def resize(mask_BxHxWxL, size):
 def score_bias(paint, q_BxNxHxD, k_BxSxHxD, mask_BxS=None):
     """The painted term `w A / sqrt(D)`, float32 [B,H,N,S], to be added to the scaled scores."""
     # The einsum of the attention itself, word for word, so that the compiler computes it once.
-    scores = jnp.einsum(
-        "blhd,bshd->bhls", q_BxNxHxD, k_BxSxHxD, preferred_element_type=jnp.float32
-    )
+    scores = jnp.einsum("blhd,bshd->bhls", q_BxNxHxD, k_BxSxHxD, preferred_element_type=jnp.float32)
     counted = mask_BxS if paint.tokens_BxS is None else paint.tokens_BxS
     if counted is not None:
         scores = jnp.where(counted[:, None, None, :] > 0, scores, -jnp.inf)
