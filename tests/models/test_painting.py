@@ -107,9 +107,7 @@ def test_forms_agree_on_a_bias_by_query(monkeypatch):
     monkeypatch.setattr(forms, "BLOCK", 24)  # 64 queries: three blocks, the last one padded
     q, k, v = qkv()
     bias = score_bias(paint_at(painted(LEFT), SIZE, L), q, k, MASK)
-    one, other = (
-        attention(q, k, v, mask_BxS=MASK, bias=bias, impl=i) for i in ("xla", "blocked")
-    )
+    one, other = (attention(q, k, v, mask_BxS=MASK, bias=bias, impl=i) for i in ("xla", "blocked"))
     np.testing.assert_allclose(one, other, atol=2e-6)
     assert np.abs(one - attention(q, k, v, mask_BxS=MASK)).max() > 0.05
 
