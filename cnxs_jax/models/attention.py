@@ -98,26 +98,26 @@ def _blocked(q, k, v, mask, bias, scale):
     bias = None if bias is None else _by_block(bias, (B, H, S), num, pad)
 
     def one_head(args):
-        q_NxMxD, k_SxD, v_SxD, bias_Nx_xS = args
+        q_NxMxD, k_SxD, v_SxD, bias_NxQxS = args
 
         def one_block(args):
-            q_MxD, bias__xS = args
+            q_MxD, bias_QxS = args
             logits = jnp.einsum("md,sd->ms", q_MxD, k_SxD, preferred_element_type=jnp.float32)
-            logits = logits if bias__xS is None else logits + bias__xS
+            logits = logits if bias_QxS is None else logits + bias_QxS
             weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
             out = weights.astype(v_SxD.dtype) @ v_SxD  # normalise [M, D], not [M, S]
             return out / weights.sum(-1, keepdims=True).astype(out.dtype)
 
         if num > 1:
-            return jax.lax.map(one_block, (q_NxMxD, bias_Nx_xS))
-        return one_block(jax.tree.map(lambda a: a[0], (q_NxMxD, bias_Nx_xS)))[None]
+            return jax.lax.map(one_block, (q_NxMxD, bias_NxQxS))
+        return one_block(jax.tree.map(lambda a: a[0], (q_NxMxD, bias_NxQxS)))[None]
 
     out = jax.lax.map(one_head, (q_BHxNxMxD, k_BHxSxD, v_BHxSxD, bias))
     return out.reshape(B, H, L + pad, D)[:, :, :L].transpose(0, 2, 1, 3).astype(q.dtype)
 
 
 def _by_block(bias, sizes, num, pad):
-    """An additive bias [B|1, H|1, L|1, S] as [B*H, num, queries of a block or 1, S]."""
+    """An additive bias [B|1, H|1, L|1, S] as [B*H, num, Q, S] with Q the block's queries or 1."""
     B, H, S = sizes
     queries = bias.shape[2]
     bias = jnp.broadcast_to(bias.astype(jnp.float32), (B, H, queries, S))
