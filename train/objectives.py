@@ -39,16 +39,19 @@ def _mean(x):
     return x.reshape(x.shape[0], -1).mean(axis=1)
 
 
-def draw(keys, x, low, high, logit_normal=None):
+def draw(keys, x, low, high, logit_normal=None, draw_time=None):
     """`(integers [B] in [low, high), normal noise like x)`, each example from its own key.
 
     The integers are uniform, or with `logit_normal` (mean, sd) the part of the way from low to high
-    is the logistic function of a normal number (Esser et al. 2024, section 3.1).
+    is the logistic function of a normal number (Esser et al. 2024, section 3.1), or
+    `draw_time(key)`.
     """
 
     def one(key):
         key_t, key_noise = jax.random.split(key)
         noise = jax.random.normal(key_noise, x.shape[1:])
+        if draw_time is not None:
+            return draw_time(key_t), noise
         if logit_normal is None:
             return jax.random.randint(key_t, (), low, high), noise
         mean, sd = logit_normal
@@ -87,6 +90,7 @@ def denoise(
     t_range=None,
     logit_normal=None,
     noises=1,
+    draw_time=None,
 ):
     """Denoising: E ||target - denoise_fn(x_t)||^2 (Ho et al. 2020, eq. 14).
 
@@ -101,6 +105,8 @@ def denoise(
         t_range: timesteps are drawn from [low, high); all of them unless given.
         logit_normal: (mean, sd) of their density over that range; uniform unless given.
         noises: timesteps and noises drawn for each example, whose encoding they share.
+        draw_time: `key -> time`, instead of `t_range` and `logit_normal`: an expert's truncated
+            distribution, such as `lambda key: Times(1000, (0.0, 1.0)).draw(key, low, high)`.
 
     Raises:
         ConfigError: an unknown name, or a range outside the schedule (JAX would clamp it).
@@ -117,7 +123,7 @@ def denoise(
     def objective(params, ema, frozen, batch, keys):
         batch, keys = repeated(batch, keys, noises)
         x, cond = batch["x"].astype(jnp.float32), batch["cond"]
-        t, noise = draw(keys, x, low, high, logit_normal)
+        t, noise = draw(keys, x, low, high, logit_normal, draw_time)
         x_t = schedules.add_noise(schedule, x, noise, t)
         out = denoise_fn(resolve(params, frozen), x_t, t, cond)
         target = predictions.target(schedule, x, noise, t, prediction)

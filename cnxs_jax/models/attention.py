@@ -90,31 +90,41 @@ def _blocked(q, k, v, mask, bias, scale):
     pad = -L % block
     num = (L + pad) // block
     bias = _additive(mask, bias, B)
-    if bias is not None and bias.shape[2] > 1:  # a bias that differs by query is rare and small
-        return _xla(q, k, v, None, bias, scale)
     # The scale goes into q: one pass over [L, D] and none over the logits.
     q = jnp.pad((q * scale).astype(q.dtype), ((0, 0), (0, pad), (0, 0), (0, 0)))
     q_BHxNxMxD = q.transpose(0, 2, 1, 3).reshape(B * H, num, block, D)
     k_BHxSxD = k.transpose(0, 2, 1, 3).reshape(B * H, S, D)
     v_BHxSxD = v.transpose(0, 2, 1, 3).reshape(B * H, S, D)
-    row = None
-    if bias is not None:
-        row = jnp.broadcast_to(bias.astype(jnp.float32)[:, :, 0], (B, H, S)).reshape(B * H, S)
+    bias = None if bias is None else _by_block(bias, (B, H, S), num, pad)
 
     def one_head(args):
-        q_NxMxD, k_SxD, v_SxD, row_S = args
+        q_NxMxD, k_SxD, v_SxD, bias_NxQxS = args
 
-        def one_block(q_MxD):
+        def one_block(args):
+            q_MxD, bias_QxS = args
             logits = jnp.einsum("md,sd->ms", q_MxD, k_SxD, preferred_element_type=jnp.float32)
-            logits = logits if row_S is None else logits + row_S[None]
+            logits = logits if bias_QxS is None else logits + bias_QxS
             weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
             out = weights.astype(v_SxD.dtype) @ v_SxD  # normalise [M, D], not [M, S]
             return out / weights.sum(-1, keepdims=True).astype(out.dtype)
 
-        return jax.lax.map(one_block, q_NxMxD) if num > 1 else one_block(q_NxMxD[0])[None]
+        if num > 1:
+            return jax.lax.map(one_block, (q_NxMxD, bias_NxQxS))
+        return one_block(jax.tree.map(lambda a: a[0], (q_NxMxD, bias_NxQxS)))[None]
 
-    out = jax.lax.map(one_head, (q_BHxNxMxD, k_BHxSxD, v_BHxSxD, row))
+    out = jax.lax.map(one_head, (q_BHxNxMxD, k_BHxSxD, v_BHxSxD, bias))
     return out.reshape(B, H, L + pad, D)[:, :, :L].transpose(0, 2, 1, 3).astype(q.dtype)
+
+
+def _by_block(bias, sizes, num, pad):
+    """An additive bias [B|1, H|1, L|1, S] as [B*H, num, Q, S] with Q the block's queries or 1."""
+    B, H, S = sizes
+    queries = bias.shape[2]
+    bias = jnp.broadcast_to(bias.astype(jnp.float32), (B, H, queries, S))
+    if queries == 1:
+        return jnp.broadcast_to(bias.reshape(B * H, 1, 1, S), (B * H, num, 1, S))
+    bias = jnp.pad(bias, ((0, 0), (0, 0), (0, pad), (0, 0)))
+    return bias.reshape(B * H, num, -1, S)
 
 
 def _cudnn(q, k, v, mask, bias, scale):

@@ -123,11 +123,12 @@ class Conv(nn.Module):
     padding: tuple = SAME3
     dtype: jnp.dtype = jnp.float32
     doubled: bool = False
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
 
     @nn.compact
     def __call__(self, x):
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        kernel = self.param("kernel", self.kernel_init, shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         padding = ((0, 0), (0, 0)) if self.kernel_size == 1 else self.padding
         x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias[None, None, None]))

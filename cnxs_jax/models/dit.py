@@ -18,6 +18,7 @@ from cnxs_jax.models.layers import (
     layer_norm,
     sinusoid,
 )
+from cnxs_jax.models.painting import paint_at
 
 
 class SizeEmbedding(nn.Module):
@@ -80,7 +81,7 @@ class PixArtBlock(nn.Module):
     impl: str | None = None
 
     @nn.compact
-    def __call__(self, x_BxNxD, text_kv, t0_Bx6xD, context_BxSxD, mask_BxS):
+    def __call__(self, x_BxNxD, text_kv, t0_Bx6xD, context_BxSxD, mask_BxS, paint=None):
         D = self.num_heads * self.head_dim
         table = self.param("scale_shift_table", nn.initializers.normal(D**-0.5), (6, D))
         modulation = (table[None] + t0_Bx6xD.astype(jnp.float32)).astype(self.dtype)
@@ -94,7 +95,7 @@ class PixArtBlock(nn.Module):
 
         h = layer_norm(x_BxNxD) * (1 + scale1) + shift1
         x = x_BxNxD + gate1 * attend("attn1", h)
-        x = x + attend("attn2", x, context_BxSxD, mask_BxS=mask_BxS, kv=text_kv)
+        x = x + attend("attn2", x, context_BxSxD, mask_BxS=mask_BxS, kv=text_kv, paint=paint)
         h = layer_norm(x) * (1 + scale2) + shift2
         x = x + gate2 * FeedForward(4 * D, self.dtype, name="ff")(h)
         return x, None
@@ -104,7 +105,8 @@ class PixArt(nn.Module):
     """PixArt-alpha: `apply({"params": p}, x [B,H,W,C], t [B], cond) -> [B,H,W,out_channels]`.
 
     Reads `text` [B,L,caption_channels], `text_mask` [B,L] and, with micro-conditioning, `size`
-    [B,2] (height, width in pixels) and `aspect` [B,1]. The first `in_channels` outputs are the
+    [B,2] (height, width in pixels) and `aspect` [B,1]; painted words as `painting` describes. The
+    first `in_channels` outputs are the
     prediction, the rest PixArt's learned variance range.
 
     Args:
@@ -167,7 +169,11 @@ class PixArt(nn.Module):
     def __call__(self, x, t, cond):
         h, emb, t0 = self.embed(x, t, cond)
         text = self.prepare(cond)["prepared"]
-        h, _ = self.transformer_blocks(h, text["kv"], t0, text["context"], cond.get("text_mask"))
+        p = self.patch_size
+        paint = paint_at(cond, (x.shape[1] // p, x.shape[2] // p), text["context"].shape[1])
+        h, _ = self.transformer_blocks(
+            h, text["kv"], t0, text["context"], cond.get("text_mask"), paint
+        )
         return self.final(h, emb, x.shape[1:3])
 
     def embed(self, x, t, cond):
@@ -246,7 +252,7 @@ def scanned_blocks(num_layers, remat=None, features=0):
         block,
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+        in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
         length=num_layers,
         unroll=unroll,
     )

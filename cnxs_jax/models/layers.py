@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from cnxs_jax.models.attention import attention
+from cnxs_jax.models.painting import score_bias
 
 
 def sinusoid(t, dim, max_period=10000.0, flip_sin_to_cos=True, downscale_freq_shift=0.0):
@@ -165,7 +166,8 @@ class Attention(nn.Module):
     """Multi-head self- or cross-attention (diffusers `Attention`).
 
     Keys and values come from `kv` where the caller has computed them (they do not change over the
-    sampling steps), else from `context`, else from `x` itself.
+    sampling steps), else from `context`, else from `x` itself. `paint` moves the scores towards
+    painted words, see `painting`.
     """
 
     num_heads: int
@@ -173,9 +175,10 @@ class Attention(nn.Module):
     use_bias: bool = True
     dtype: jnp.dtype = jnp.float32
     impl: str | None = None
+    out_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
 
     @nn.compact
-    def __call__(self, x_BxLxC, context_BxSxC=None, mask_BxS=None, kv=None):
+    def __call__(self, x_BxLxC, context_BxSxC=None, mask_BxS=None, kv=None, paint=None):
         inner = self.num_heads * self.head_dim
 
         def project(name, h):
@@ -187,6 +190,9 @@ class Attention(nn.Module):
         context = x_BxLxC if context_BxSxC is None else context_BxSxC
         q = project("to_q", x_BxLxC)
         k, v = kv if kv is not None else (project("to_k", context), project("to_v", context))
-        out = attention(heads(q), heads(k), heads(v), mask_BxS=mask_BxS, impl=self.impl)
+        q, k, v = heads(q), heads(k), heads(v)
+        bias = None if paint is None else score_bias(paint, q, k, mask_BxS)
+        out = attention(q, k, v, mask_BxS=mask_BxS, bias=bias, impl=self.impl)
         out = out.reshape(*x_BxLxC.shape[:-1], inner)
-        return Dense(x_BxLxC.shape[-1], dtype=self.dtype, name="to_out_0")(out)
+        features, init = x_BxLxC.shape[-1], self.out_init
+        return Dense(features, dtype=self.dtype, kernel_init=init, name="to_out_0")(out)
