@@ -181,7 +181,7 @@ def test_configs_import_ml_collections_only():
     for module in (configs.pixart, configs.pixart_lcm):
         text = pathlib.Path(module.__file__).read_text()
         imports = [line for line in text.splitlines() if line.startswith(("import", "from"))]
-        assert imports == ["from ml_collections import ConfigDict"]
+        assert all(line.startswith("from ml_collections import ") for line in imports), imports
 
 
 def test_checking_touches_no_device(monkeypatch):
