@@ -51,3 +51,15 @@ def map_pairs(x, y, metric, dtype):
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         raise DataError("got non-finite values in a map", metric)
     return x.astype(dtype), y.astype(dtype)
+
+
+def in_batches(function, batch_size, *arrays):
+    """`function(*arrays)` over batches of rows, as one array; the last one is padded, so that one
+    shape compiles."""
+    outs = []
+    for start in range(0, len(arrays[0]), batch_size):
+        rows = [a[start : start + batch_size] for a in arrays]
+        count = len(rows[0])
+        padded = [np.concatenate([r, np.repeat(r[-1:], batch_size - count, 0)]) for r in rows]
+        outs.append(np.asarray(function(*padded))[:count])
+    return np.concatenate(outs)
