@@ -63,6 +63,15 @@ def test_order_estimates_the_fraction_over_all_pairs():
     assert accuracy == pytest.approx(expected, abs=4 * 0.5 / np.sqrt(40_000))
 
 
+def test_every_pair_of_pixels_weighs_the_same():
+    """Levels of 60, 20 and 20 pixels, the last two swapped: 400 of 2800 pairs are wrong."""
+    reference = np.repeat([0, 1, 2], [60, 20, 20]).reshape(1, 10, 10)
+    found = np.array([0, 2, 1])[reference]
+    expected = 2400 / 2800
+    margin = 4 * np.sqrt(expected * (1 - expected) / 40_000)
+    assert depth.order_accuracy(found, reference, 40_000)[0] == pytest.approx(expected, abs=margin)
+
+
 def test_bad_input_is_refused():
     with pytest.raises(ConfigError, match="scale_shift"):
         depth.depth_error(maps(), maps(), "affine")

@@ -31,6 +31,9 @@ def test_right_wrong_and_shifted_texts():
 def test_ties_share_the_places():
     assert retrieval_precision(EYE, np.ones((12, 12)))["value"] == pytest.approx(1 / 12)
     assert retrieval_precision(EYE, np.ones((12, 12)), k=3)["value"] == pytest.approx(3 / 12)
+    for pool in (2, 5, 11):
+        tied = retrieval_precision(EYE, np.ones((12, 12)), pool=pool)
+        assert (tied["low"], tied["high"]) == pytest.approx((1 / pool, 1 / pool))
     texts = np.repeat(normal(6, 300), 2, axis=0)  # every caption twice
     assert retrieval_precision(texts, texts, block=5)["value"] == pytest.approx(0.5)
     assert retrieval_precision(texts, texts, k=2)["value"] == pytest.approx(1)

@@ -29,7 +29,7 @@ def test_a_real_file_is_read(published):
     parameters = [t for k, t in tensors.items() if "running_" not in k and "tracked" not in k]
     assert sum(t.size for t in parameters) == 4652008  # the published count
     assert all(np.isfinite(t).all() for t in tensors.values())
-    assert tensors["_bn0.running_var"].min() > 0
+    assert tensors["_bn0.running_var"].min() >= 0
 
 
 def test_the_reader_builds_nothing_but_tensors(tmp_path):
