@@ -191,6 +191,7 @@ def extractor(params=None, size=128, batch_size=16):
 
     def extract(images):
         images = inputs.images(images, "features")
-        return inputs.in_batches(lambda x: apply(params, x), batch_size, images)
+        with jax.default_matmul_precision("highest"):  # one figure on every accelerator
+            return inputs.in_batches(lambda x: apply(params, x), batch_size, images)
 
     return extract

@@ -210,6 +210,7 @@ def extractor(params, batch_size=16):
 
     def extract(images):
         images = inputs.images(images, "inception")
-        return inputs.in_batches(lambda x: apply(params, x), batch_size, images)
+        with jax.default_matmul_precision("highest"):  # one figure on every accelerator
+            return inputs.in_batches(lambda x: apply(params, x), batch_size, images)
 
     return extract
