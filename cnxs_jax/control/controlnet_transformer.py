@@ -90,6 +90,8 @@ class ControlNetTransformer(nn.Module):
 
     def __call__(self, source_BxNxD, prepared, t0_Bx6xD, context_BxSxD, mask_BxS, scale_B=None):
         """Residuals [num_layers, B, N, D] for the base's stream, times `scale_B`."""
+        if self.is_initializing():
+            self.before_proj(source_BxNxD)  # on its own, the adapter is not prepared before
         c = source_BxNxD + prepared["hint"]
         _, out = self.controlnet_blocks(c, prepared["kv"], t0_Bx6xD, context_BxSxD, mask_BxS)
         if scale_B is None:
