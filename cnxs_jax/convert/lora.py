@@ -130,17 +130,18 @@ def one_module(name, parts, shape, config, problems):
     a, b = (oriented(parts[part][1], shape) for part in ("lora_A", "lora_B"))
     b = b[0, 0] if b.ndim == 4 and b.shape[:2] == (1, 1) else b
     rank = a.shape[-1]
-    if a.shape != (*shape[:-1], rank) or b.shape != (rank, shape[-1]):
+    if rank < 1 or a.shape != (*shape[:-1], rank) or b.shape != (rank, shape[-1]):
         got = [parts[part][1].shape for part in ("lora_A", "lora_B")]
         problems.add("wrong shapes", f"{name}: {got[0]} and {got[1]} for a kernel {shape}")
         return None
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         problems.add("tensors with NaN or Inf", name)
+    alpha = matched(config.get("alpha_pattern") or {}, name, config.get("lora_alpha", rank))
     if "alpha" in parts:
-        alpha = float(np.asarray(parts["alpha"][1], np.float32).reshape(-1)[0])
-    else:
-        pattern = config.get("alpha_pattern") or {}
-        alpha = matched(pattern, name, config.get("lora_alpha", rank))
+        if parts["alpha"][1].size != 1:
+            problems.add("wrong shapes", f"{parts['alpha'][0]}: expected one number")
+            return None
+        alpha = float(rules.to_float(parts["alpha"][1]).reshape(()))
     return a, b, alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 
@@ -153,9 +154,16 @@ def oriented(array, shape):
 
 
 def matched(patterns, name, default):
-    """PEFT's lookup: the first pattern that is the module's name or the end of it."""
+    """PEFT's lookup: the first pattern that is the module's name or, without `^`, its end.
+
+    PEFT reads patterns as regular expressions; names are all that is written in practice, and a
+    file must not make us run an expression of its own.
+    """
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        plain = pattern.replace("\\", "").removesuffix("$")
+        whole = plain.startswith("^")
+        plain = plain.removeprefix("^")
+        if name == plain or not whole and name.endswith("." + plain):
             return value
     return default
 
@@ -193,6 +201,14 @@ def check_config(config, where):
     for key, plain in UNSUPPORTED.items():
         if config.get(key) and config[key] != plain:
             raise CheckpointError(f"{key} = {config[key]!r} is not supported", where)
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise CheckpointError(f"alpha_pattern {patterns!r} is no table", where)
+    for pattern, value in {"lora_alpha": config.get("lora_alpha", 1), **patterns}.items():
+        if type(value) not in (int, float) or re.search(r"[*+?\[\](){}|]", pattern):
+            raise CheckpointError(
+                f"alpha {value!r} of {pattern!r}: expected a number and a module's name", where
+            )
 
 
 def read_json(file):
