@@ -21,22 +21,25 @@ KEYS = {
 }
 
 
-def open_source(config, seed=None):
-    """The source of examples of `config.data`."""
+def open_source(config, seed=None, truth=False):
+    """The source of examples of `config.data`; `truth` adds masks, edges and depth."""
     data = config.data
     options = {"num_concepts": data.num_concepts} if data.get("num_concepts") else {}
     seed = data.get("seed", 0) if seed is None else seed
     return pipeline.open_source(
-        data.source, data.get("split", "train"), data.size, seed=seed, **options
+        data.source, data.get("split", "train"), data.size, truth=truth, seed=seed, **options
     )
 
 
-def open_loader(config, tokens=True, tokenizer_path=None):
-    """`(loader, tokenizer)`: this process's share of the batches; no tokenizer without `tokens`."""
+def open_loader(config, tokens=True, tokenizer_path=None, keys=("image",)):
+    """`(loader, tokenizer)`: this process's share of the batches; no tokenizer without `tokens`.
+
+    `keys` are the arrays of an example to stack, such as "edges".
+    """
     path = tokenizer_path or config.data.get("tokenizer")
     tokenizer = text.load_tokenizer(path) if tokens else None
     loader = pipeline.make_loader(
-        open_source(config),
+        open_source(config, truth=tuple(keys) != ("image",)),
         batch_size=config.batch_size,
         seed=config.seed,
         process_index=jax.process_index(),
@@ -44,18 +47,18 @@ def open_loader(config, tokens=True, tokenizer_path=None):
         tokenizer=tokenizer,
         max_length=config.data.get("max_length", text.MAX_LENGTH),
         prefetch=config.data.get("prefetch", 2),
+        keys=keys,
     )
     return loader, tokenizer
 
 
-def examples(config, number):
-    """The first `number` examples of another seed than training's: {"image", "caption"}."""
-    source = open_source(config, seed=config.data.get("seed", 0) + 1)
+def examples(config, number, keys=("image",)):
+    """The first `number` examples of another seed than training's: {"caption", *keys}."""
+    seed, truth = config.data.get("seed", 0) + 1, tuple(keys) != ("image",)
+    source = open_source(config, seed=seed, truth=truth)
     found = [source[i] for i in range(number)]
-    return {
-        "image": np.stack([e["image"] for e in found]),
-        "caption": [e["caption"] for e in found],
-    }
+    stacked = {key: np.stack([e[key] for e in found]) for key in keys}
+    return {**stacked, "caption": [e["caption"] for e in found]}
 
 
 def tokens(config, tokenizer, captions):

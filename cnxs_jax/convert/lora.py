@@ -245,6 +245,7 @@ def save(adapter, path, table=None, prefix="transformer", dtype=None):
     if path.suffix == ".safetensors":
         tensors = {f"{prefix}.{key}": array for key, array in tensors.items()}
         text = json.dumps({f"{prefix}.{key}": v for key, v in config.items()}, sort_keys=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         files.write_safetensors(path, tensors, {"format": "pt", METADATA: text}, dtype)
         return
     if path.suffix:
