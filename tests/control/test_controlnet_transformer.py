@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from cnxs_jax import control
+from cnxs_jax.control import controlnet_transformer
 from cnxs_jax.control.controlnet_transformer import ControlNetTransformer, from_base
 from cnxs_jax.diffusion import guidance, sampling
 from cnxs_jax.errors import ConfigError
+from cnxs_jax.models import dit
 from cnxs_jax.models.dit import PixArt
 
 DEPTH, BATCH = 4, 2
@@ -21,6 +23,13 @@ BASE = PixArt(
     sample_size=8,
 )
 ORDERS = [("released", 1), ("released", 3), ("paper", 1), ("paper", 4), ("unet", 2)]
+
+
+@pytest.fixture
+def scanned(monkeypatch):
+    """Loops as a large network has them, which also compile faster than unrolled ones."""
+    for module in (dit, controlnet_transformer):
+        monkeypatch.setattr(module, "unrolled", lambda num_layers, features: 1)
 
 
 def adapter_of(order="released", num_layers=2):
@@ -61,7 +70,7 @@ def test_a_fresh_adapter_is_the_base_bit_for_bit(inputs, base_params, order, num
     np.testing.assert_array_equal(run(module, params, *inputs), run(BASE, base_params, *inputs))
 
 
-def test_orders_differ_and_control_scale_acts_on_its_image_alone(inputs, base_params):
+def test_orders_differ_and_control_scale_acts_on_its_image_alone(scanned, inputs, base_params):
     x, t, cond = inputs
     plain = run(BASE, base_params, x, t, cond)
     adapter = perturbed(from_base(base_params, 2))
@@ -76,7 +85,7 @@ def test_orders_differ_and_control_scale_acts_on_its_image_alone(inputs, base_pa
         assert all(np.abs(one - other).max() > 1e-2 for other in seconds[:i])
 
 
-def test_prepared_and_guided(inputs, base_params):
+def test_prepared_and_guided(scanned, inputs, base_params):
     """`prepare` before the loop changes nothing, and guidance controls both halves."""
     x, t, cond = inputs
     module, params = control.attach(
@@ -100,7 +109,7 @@ def test_prepared_and_guided(inputs, base_params):
     np.testing.assert_allclose(one, u + 3.0 * (c - u), rtol=0, atol=2e-5)
 
 
-def test_several_adapters_add_up(inputs, base_params):
+def test_several_adapters_add_up(scanned, inputs, base_params):
     """Two half-scaled copies of one adapter are that adapter; scales are told apart."""
     x, t, cond = inputs
     adapter = perturbed(from_base(base_params, 2))
@@ -117,7 +126,7 @@ def test_several_adapters_add_up(inputs, base_params):
     assert np.abs(run(two, both, x, t, pair) - expected).max() > 1e-2
 
 
-def test_training_moves_the_control_alone(inputs, base_params):
+def test_training_moves_the_control_alone(scanned, inputs, base_params):
     """The zero linears get gradients at once, the copies behind them once those have moved."""
     module, params = control.attach(BASE, base_params, adapter_of(), from_base(base_params, 2))
 
