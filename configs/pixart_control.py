@@ -8,9 +8,9 @@ controller trained on the base also drives the students that were distilled from
   :xl_512   PixArt-XL/2, 512 px, 13 of 28 blocks: 294,917,760 parameters to train
   :xl_1024  the same at 1024 px, with micro-conditioning
 
-Published (PixArt-delta, sections 4 and 5): N = 13, 512 px, batch 12 a GPU on 16 V100, 4 micro-batches
-a step, AdamW 2e-5 with weight decay 3e-2, Adam's epsilon 1e-10, clipping at 0.01, 3 million HED
-pairs; control comes "suddenly" within 300 to 1000 steps.
+Published (PixArt-delta, sections 4 and 5): N = 13, 512 px, batch 12 a GPU on 16 V100, 4
+micro-batches a step, AdamW 2e-5 with weight decay 3e-2, Adam's epsilon 1e-10, clipping at 0.01,
+3 million HED pairs; control comes "suddenly" within 300 to 1000 steps.
 
 Where this recipe differs from the paper (P) or the released script (S), and why:
   - P draws the copies' source as the input of the first block, S takes the first block's output.

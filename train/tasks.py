@@ -287,8 +287,9 @@ def distill(config):
     from cnxs_jax.pipelines.load import load_model
 
     dtype = jnp.dtype(config.get("dtype") or "float32")
-    dit, teacher = load_model(f"{config.teacher_path}/transformer", dtype=dtype)
-    dit = dit.clone(remat=config.get("remat"))
+    # float32 parameters whatever the network computes in: bfloat16 would round the updates away
+    dit, teacher = load_model(f"{config.teacher_path}/transformer")
+    dit = dit.clone(dtype=dtype, remat=config.get("remat"))
     vae, vae_params = load_model(f"{config.teacher_path}/vae")
     text, text_params = load_model(f"{config.teacher_path}/text_encoder", dtype=dtype)
     loader, tokenizer = inputs.open_loader(

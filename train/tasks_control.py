@@ -48,8 +48,8 @@ def controller(config):
     from cnxs_jax.pipelines.load import load_model
 
     path, dtype = config.base_path, jnp.dtype(config.get("dtype") or "float32")
-    dit, base = load_model(f"{path}/transformer", dtype=dtype)
-    dit = dit.clone(remat=config.get("remat"))
+    dit, base = load_model(f"{path}/transformer")
+    dit = dit.clone(dtype=dtype, remat=config.get("remat"))
     vae, vae_params = load_model(f"{path}/vae")
     text, text_params = load_model(f"{path}/text_encoder", dtype=dtype)
     loader, tokenizer = inputs.open_loader(config, tokenizer_path=f"{path}/tokenizer", keys=ARRAYS)
@@ -60,7 +60,8 @@ def controller(config):
         attention_head_dim=dit.attention_head_dim,
         **dict(config.control),
     )
-    fresh = from_base(base, adapter.num_layers)
+    fresh = from_base(base, adapter.num_layers)  # float32: it is trained
+    base = jax.tree.map(lambda leaf: leaf.astype(dtype), base)
     module, _ = control.attach(dit, base, adapter, fresh)
 
     def encode(encoders, raw, key):
