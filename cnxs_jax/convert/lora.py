@@ -236,12 +236,15 @@ def save(adapter, path, table=None, prefix="transformer", dtype=None):
     """Writes an adapter tree.
 
     Args:
-        path: `x.safetensors` for diffusers' file, a directory for PEFT's.
+        path: `x.safetensors` for diffusers' file, a directory for PEFT's. The file's factors carry
+            the scale (alpha = rank): several loaders do not read its metadata and take alpha for
+            the rank. The directory keeps alpha as it is.
         table: the `rules.Table` of the parameters that it adapts.
         prefix: the component in diffusers' file: "transformer" or "unet".
         dtype: "bfloat16", "float32", or None to keep it.
     """
-    path, (tensors, config) = Path(path), to_tensors(adapter, table)
+    path = Path(path)
+    tensors, config = to_tensors(adapter, table, fold=path.suffix == ".safetensors")
     if path.suffix == ".safetensors":
         tensors = {f"{prefix}.{key}": array for key, array in tensors.items()}
         text = json.dumps({f"{prefix}.{key}": v for key, v in config.items()}, sort_keys=True)
@@ -257,8 +260,8 @@ def save(adapter, path, table=None, prefix="transformer", dtype=None):
     (path / "adapter_config.json").write_text(text + "\n")
 
 
-def to_tensors(adapter, table=None):
-    """`({module.lora_A.weight: array}, PEFT config)` of an adapter tree."""
+def to_tensors(adapter, table=None, fold=False):
+    """`({module.lora_A.weight: array}, PEFT config)`; `fold` multiplies B by the scale."""
     table, tensors, ranks, alphas = table or rules.Table(), {}, {}, {}
     for path, parts in lora.modules(adapter).items():
         a, b, scale = (np.asarray(parts[k], np.float32) for k in ("lora_A", "lora_B", "scale"))
@@ -267,6 +270,8 @@ def to_tensors(adapter, table=None):
         names = rules.keys_of(path + lora.KERNEL, a.shape, table)
         for key, (one_a, one_b, one_scale) in zip(names, rows, strict=True):
             name = key.removesuffix(".weight")
+            if fold:
+                one_b, one_scale = one_b * one_scale, 1.0
             one_b = one_b[None, None] if one_a.ndim == 4 else one_b
             tensors[f"{name}.lora_A.weight"] = rules.to_torch("kernel", one_a)
             tensors[f"{name}.lora_B.weight"] = rules.to_torch("kernel", one_b)

@@ -46,12 +46,16 @@ def assert_same(one, two, atol=1e-6):
         np.testing.assert_allclose(updates(two)[path], update, atol=atol, err_msg=path)
 
 
-@pytest.mark.parametrize("name", ["x.safetensors", "directory"])
-def test_written_and_read_back(params, tmp_path, name):
+def test_written_and_read_back(params, tmp_path):
+    """The directory keeps factors and alpha, the file their product: its alpha is the rank."""
     adapter = filled(params)
-    lora_files.save(adapter, tmp_path / name, TABLE)
-    back = lora_files.load(tmp_path / name, params, TABLE)
+    lora_files.save(adapter, tmp_path / "directory", TABLE)
+    back = lora_files.load(tmp_path / "directory", params, TABLE)
     jax.tree.map(np.testing.assert_array_equal, back, adapter)
+    lora_files.save(adapter, tmp_path / "x.safetensors", TABLE)
+    back = lora_files.load(tmp_path / "x.safetensors", params, TABLE)
+    assert_same(back, adapter)
+    assert set(np.ravel(back["blocks"]["attn"]["to_q"]["scale"])) == {1.0}
 
 
 def test_names_and_shapes_of_the_file(params, tmp_path):
@@ -63,7 +67,7 @@ def test_names_and_shapes_of_the_file(params, tmp_path):
     assert tensors["transformer.patch.proj.lora_B.weight"].shape == (6, 2, 1, 1)
     assert len(tensors) == 2 * (3 + 3 + 1 + 1)
     config = json.loads(files.read_metadata(tmp_path / "x.safetensors")["lora_adapter_metadata"])
-    assert (config["transformer.r"], config["transformer.lora_alpha"]) == (2, 3.0)
+    assert (config["transformer.r"], config["transformer.lora_alpha"]) == (2, 2.0)
     assert config["transformer.target_modules"][0] == "blocks.0.attn.to_out.0"
 
 

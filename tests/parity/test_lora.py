@@ -77,7 +77,7 @@ def filled(params, targets=lora.PIXART_TARGETS, rank=3, alpha=5.0, seed=1):
     rng = np.random.default_rng(seed)
     fresh = lora.init(params, targets, rank, jax.random.key(0), alpha)
     return tree.map_with_path(
-        lambda p, v: v if p.endswith("scale") else jnp.asarray(0.2 * rng.normal(size=v.shape)),
+        lambda p, v: v if p.endswith("scale") else jnp.asarray(0.1 * rng.normal(size=v.shape)),
         fresh,
     )
 
@@ -98,13 +98,17 @@ def test_written_directory_loads_in_peft(ours, inputs, tmp_path):
     check(ours, theirs(model, inputs), adapter)
 
 
-def test_written_file_loads_in_diffusers(ours, inputs, tmp_path):
+@pytest.mark.parametrize("metadata", [False, True])
+def test_written_file_loads_in_diffusers(ours, inputs, tmp_path, metadata):
+    """With the file's metadata, as diffusers' pipelines read it, and without."""
     adapter = filled(ours[0])
     # a module with an alpha of its own
     adapter["proj_out"]["scale"] = 2 * adapter["proj_out"]["scale"]
     lora_files.save(adapter, tmp_path / "lora.safetensors", pixart.DIFFUSERS)
     model = torch_model()
-    model.load_lora_adapter(str(tmp_path / "lora.safetensors"), prefix="transformer")
+    where = {"weight_name": "lora.safetensors"} if metadata else {}
+    path = tmp_path if metadata else tmp_path / "lora.safetensors"
+    model.load_lora_adapter(str(path), prefix="transformer", **where)
     check(ours, theirs(model.eval(), inputs), adapter)
 
 
@@ -113,7 +117,7 @@ def random_factors(model):
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "lora_" in name:
-                p.copy_(0.2 * torch.randn(p.shape, generator=generator))
+                p.copy_(0.1 * torch.randn(p.shape, generator=generator))
     return model.eval()
 
 
