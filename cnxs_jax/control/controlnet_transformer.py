@@ -174,10 +174,14 @@ class ControlledPixArt(nn.Module):
     base: PixArt
     control: ControlNetTransformer | Adapters
 
-    @property
-    def micro_conditioning(self):
-        """Whether `size` and `aspect` are read."""
-        return self.base.micro_conditioning
+    hint_factor = ControlNetTransformer.hint_factor
+    hint_kind = ControlNetTransformer.hint_kind
+
+    # What pipelines ask a denoiser for.
+    in_channels = property(lambda self: self.base.in_channels)
+    patch_size = property(lambda self: self.base.patch_size)
+    sample_size = property(lambda self: self.base.sample_size)
+    micro_conditioning = property(lambda self: self.base.micro_conditioning)
 
     def __call__(self, x, t, cond):
         cond = self.prepare(cond)

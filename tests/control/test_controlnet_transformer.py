@@ -154,17 +154,29 @@ def test_init_makes_both_trees(inputs, base_params):
     assert jax.tree.map(lambda a: a.shape, params) == jax.tree.map(lambda a: a.shape, shapes)
 
 
-def test_published_size():
+@pytest.mark.parametrize("order", ["released", "paper", "unet"])
+def test_published_size(order):
     """294,917,760 trainable parameters (13 blocks of XL/2), as PixArt-delta's code counts."""
-    target = jax.eval_shape(
-        PixArt(sample_size=64).init,
-        jax.random.key(0),
-        jnp.zeros((1, 2, 2, 4)),
-        jnp.zeros(1),
-        {"text": jnp.zeros((1, 1, 4096))},
-    )["params"]
+    base = PixArt(sample_size=64)
+    x, t = jnp.zeros((1, 64, 64, 4)), jnp.zeros(1)
+    cond = {"text": jnp.zeros((1, 120, 4096)), "text_mask": jnp.ones((1, 120)), "hint": x}
+    target = jax.eval_shape(base.init, jax.random.key(0), x, t, cond)["params"]
     copies = jax.eval_shape(from_base, target)
     assert sum(leaf.size for leaf in jax.tree.leaves(copies)) == 294_917_760
+    module, params = control.attach(base, target, ControlNetTransformer(order=order), copies)
+    out = jax.eval_shape(module.apply, {"params": params}, x, t, cond)
+    assert (out.shape, out.dtype) == ((1, 64, 64, 8), jnp.float32)
+
+
+def test_equal_modules_share_a_compiled_program(base_params):
+    """Wrapped twice, the denoisers are equal: as static arguments they do not recompile."""
+    made = [control.attach(BASE, base_params, adapter_of(), {})[0] for _ in range(2)]
+    one, two = (sampling.denoiser(module) for module in made)
+    assert one == two
+    assert hash(one) == hash(two)
+    other = control.attach(BASE, base_params, adapter_of("paper"), {})[0]
+    assert sampling.denoiser(other) != one
+    assert (made[0].sample_size, made[0].in_channels, made[0].hint_kind) == (8, 4, "latents")
 
 
 @pytest.mark.parametrize(
