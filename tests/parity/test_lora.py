@@ -86,7 +86,7 @@ def check(ours, expected, adapter):
     """Merged parameters give the other side's output, and the adapter is no small thing."""
     params, run = ours
     error = relative_error(run(lora.merge(params, adapter)), expected)
-    assert relative_error(run(params), expected) > 0.1
+    assert relative_error(run(params), expected) > 0.02  # 2000 times the bound below
     print(f"{error:.2e}")
     assert error <= 1e-5
 
