@@ -15,6 +15,8 @@ from cnxs_jax.errors import ConfigError
 from tests.pipelines import tiny
 from train import log, loop, objectives, validate
 
+pytestmark = pytest.mark.filterwarnings("ignore:caption has")
+
 COMMON = {
     "seed": 0,
     "steps": 3,
