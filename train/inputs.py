@@ -21,8 +21,8 @@ KEYS = {
 }
 
 
-def open_source(config, seed=None):
-    """The source of examples of `config.data`."""
+def open_source(config, seed=None, truth=False):
+    """The source of examples of `config.data`; `truth` adds masks, edges and depth."""
     data = config.data
     options = {"num_concepts": data.num_concepts} if data.get("num_concepts") else {}
     seed = data.get("seed", 0) if seed is None else seed
@@ -30,17 +30,21 @@ def open_source(config, seed=None):
         data.source,
         data.get("split", "train"),
         data.size,
+        truth=truth,
         seed=seed,
         root=data.get("root"),
         **options,
     )
 
 
-def open_loader(config, tokens=True, tokenizer_path=None):
-    """`(loader, tokenizer)`: this process's share of the batches; no tokenizer without `tokens`."""
+def open_loader(config, tokens=True, tokenizer_path=None, keys=("image",)):
+    """`(loader, tokenizer)`: this process's share of the batches; no tokenizer without `tokens`.
+
+    `keys` are the arrays of an example to stack, such as "edges".
+    """
     path = tokenizer_path or config.data.get("tokenizer")
     tokenizer = text.load_tokenizer(path) if tokens else None
-    source = open_source(config)
+    source = open_source(config, truth=tuple(keys) != ("image",))
     options = {
         "batch_size": config.batch_size,
         "seed": config.seed,
@@ -55,17 +59,16 @@ def open_loader(config, tokens=True, tokenizer_path=None):
             raise ConfigError(what, "data.buckets", 'set data.source = "image_folder"')
         return buckets.BucketLoader(source, config.data.size, **options), tokenizer
     prefetch = config.data.get("prefetch", 2)
-    return pipeline.make_loader(source, prefetch=prefetch, **options), tokenizer
+    return pipeline.make_loader(source, prefetch=prefetch, keys=keys, **options), tokenizer
 
 
-def examples(config, number):
-    """The first `number` examples of another seed than training's: {"image", "caption"}."""
-    source = open_source(config, seed=config.data.get("seed", 0) + 1)
+def examples(config, number, keys=("image",)):
+    """The first `number` examples of another seed than training's: {"caption", *keys}."""
+    seed, truth = config.data.get("seed", 0) + 1, tuple(keys) != ("image",)
+    source = open_source(config, seed=seed, truth=truth)
     found = [source[i % len(source)] for i in range(number)]
-    return {
-        "image": np.stack([e["image"] for e in found]),
-        "caption": [e["caption"] for e in found],
-    }
+    stacked = {key: np.stack([e[key] for e in found]) for key in keys}
+    return {**stacked, "caption": [e["caption"] for e in found]}
 
 
 def tokens(config, tokenizer, captions):

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cnxs_jax import lora
 from cnxs_jax import tree as trees
 from cnxs_jax.diffusion import consistency as lcd
 from cnxs_jax.diffusion import prediction as predictions
@@ -32,6 +33,16 @@ def identity(params, frozen):
 def with_frozen(params, frozen):
     """`resolve` of a model with frozen leaves, kept in `frozen["rest"]`."""
     return trees.merge(params, frozen["rest"])
+
+
+def controlled(params, frozen):
+    """`resolve` of a controller on a frozen base."""
+    return {"base": frozen["base"], "control": params}
+
+
+def with_lora(params, frozen):
+    """`resolve` of an adapter tree on the frozen teacher (`cnxs_jax.lora`)."""
+    return lora.merge(frozen["teacher"], params)
 
 
 def _mean(x):

@@ -5,9 +5,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from cnxs_jax import lora
 from cnxs_jax import tree as trees
+from cnxs_jax.convert import lora as lora_files
+from cnxs_jax.convert import pixart
 from cnxs_jax.diffusion import schedule
-from train import inputs, validate
+from train import inputs, objectives, optimizer, validate
 from train.pictures import grid, to_uint8
 
 SCHEDULE = {
@@ -15,6 +18,12 @@ SCHEDULE = {
     "beta_start": validate.number(0, 1, open_low=True, open_high=True),
     "beta_end": validate.number(0, 1, open_low=True, open_high=True),
     "num_steps": validate.integer(2, 10_000),
+}
+
+LORA = {
+    "rank": validate.integer(1),
+    "alpha": validate.Optional(validate.number(0, open_low=True)),
+    "targets": validate.patterns,
 }
 
 
@@ -77,14 +86,19 @@ def whole_mask(length):
     return jnp.ones((1, length), jnp.int32)
 
 
-def outputs(config, components, tokenizer, scheduler, options):
-    """`(sample, export)` of a task whose result is a whole PixArt pipeline."""
+def outputs(config, components, tokenizer, scheduler, options, resolve=None):
+    """`(sample, export)` of a task whose result is a whole PixArt pipeline.
+
+    `resolve` makes the network's parameters of the trained and the frozen ones.
+    """
 
     def pipeline(ema, frozen, encoders):
         from cnxs_jax.pipelines.base import Component
         from cnxs_jax.pipelines.pixart import PixArtAlphaPipeline
 
-        if jax.tree.leaves(frozen.get("rest", {})):
+        if resolve is not None:
+            ema = resolve(ema, frozen)
+        elif jax.tree.leaves(frozen.get("rest", {})):
             ema = trees.merge(ema, frozen["rest"])
         parts = {k: Component(*v) for k, v in components(ema, encoders).items()}
         null = encoders.get("null")
@@ -102,3 +116,29 @@ def outputs(config, components, tokenizer, scheduler, options):
         save_pipeline(pipeline(ema, frozen, encoders), path)
 
     return sample, export
+
+
+def student_of(config, teacher):
+    """`(trainable, frozen, resolve)` of a student: an adapter, or what is not frozen of a copy."""
+    if config.get("lora"):
+        options = config.lora
+
+        def fresh(key):
+            targets = tuple(options.targets)
+            return lora.init(teacher, targets, options.rank, key, options.get("alpha"))
+
+        return fresh, {"teacher": teacher}, objectives.with_lora
+    trainable, rest = optimizer.freeze(teacher, tuple(config.get("freeze") or ()))
+    resolve = objectives.with_frozen if jax.tree.leaves(rest) else objectives.identity
+    return trainable, {"teacher": teacher, "rest": rest}, resolve
+
+
+def with_adapter_file(export):
+    """`export` of the merged pipeline, with the adapter beside it as diffusers and PEFT read it."""
+
+    def both(ema, frozen, encoders, path):
+        export(ema, frozen, encoders, path)
+        lora_files.save(ema, path / "lora" / "pytorch_lora_weights.safetensors", pixart.DIFFUSERS)
+        lora_files.save(ema, path / "lora" / "peft", pixart.DIFFUSERS)
+
+    return both

@@ -16,6 +16,7 @@ from cnxs_jax.models.vae import AutoencoderKL
 from train import inputs, objectives, optimizer, validate
 from train.loop import Task
 from train.parts import (
+    LORA,
     SCHEDULE,
     fields,
     latents,
@@ -23,8 +24,10 @@ from train.parts import (
     noise_schedule,
     outputs,
     sizes_of,
+    student_of,
     to_signed,
     whole_mask,
+    with_adapter_file,
 )
 from train.pictures import grid, to_uint8
 
@@ -67,6 +70,7 @@ KEYS = {
         "null": validate.choice("learned", "empty_prompt"),
         "schedule": SCHEDULE,
         "objective": CONSISTENCY,
+        "lora": validate.Optional(LORA),
     },
 }
 
@@ -110,6 +114,10 @@ def check_distill(values, where):
         raise ConfigError(
             f"num_ddim_steps {parts} must divide the {steps} steps of the schedule",
             f"{where}.objective.num_ddim_steps",
+        )
+    if values.get("lora") and values.get("freeze"):
+        raise ConfigError(
+            "an adapter leaves the whole teacher frozen", f"{where}.freeze", "give lora or freeze"
         )
 
 
@@ -272,12 +280,16 @@ def frozen_part(config, init):
 
 
 def distill(config):
-    """Distils the pipeline at `teacher_path` into a student that starts as its copy."""
+    """Distils the pipeline at `teacher_path` into a student that starts as its copy.
+
+    With `config.lora` the student is the teacher with an adapter, and the adapter alone is trained.
+    """
     from cnxs_jax.pipelines.load import load_model
 
     dtype = jnp.dtype(config.get("dtype") or "float32")
-    dit, teacher = load_model(f"{config.teacher_path}/transformer", dtype=dtype)
-    dit = dit.clone(remat=config.get("remat"))
+    # float32 parameters whatever the network computes in: bfloat16 would round the updates away
+    dit, teacher = load_model(f"{config.teacher_path}/transformer")
+    dit = dit.clone(dtype=dtype, remat=config.get("remat"))
     vae, vae_params = load_model(f"{config.teacher_path}/vae")
     text, text_params = load_model(f"{config.teacher_path}/text_encoder", dtype=dtype)
     loader, tokenizer = inputs.open_loader(
@@ -319,9 +331,11 @@ def distill(config):
         "prediction_type": config.objective.prediction,
         "original_inference_steps": config.objective.num_ddim_steps,
     }
-    sample, export = outputs(config, components, tokenizer, scheduler, {"num_inference_steps": 4})
-    trainable, rest = optimizer.freeze(teacher, tuple(config.get("freeze") or ()))
-    frozen = {"teacher": teacher, "rest": rest}
-    resolve = objectives.with_frozen if jax.tree.leaves(rest) else objectives.identity
+    trainable, frozen, resolve = student_of(config, teacher)
+    sample, export = outputs(
+        config, components, tokenizer, scheduler, {"num_inference_steps": 4}, resolve
+    )
+    if config.get("lora"):
+        export = with_adapter_file(export)
     objective = objectives.consistency(run, run, noise, resolve, **config.objective)
     return Task(objective, trainable, loader, encode, encoders, frozen, sample, export)

@@ -8,7 +8,7 @@ import typing
 import jax
 import jax.numpy as jnp
 
-from cnxs_jax.convert import pixart, t5, vae
+from cnxs_jax.convert import pixart, pixart_control, t5, vae
 from cnxs_jax.convert.rules import Table
 from cnxs_jax.errors import CnxsError, ConfigError, did_you_mean
 
@@ -66,6 +66,11 @@ def pixart_extras(module):
         "norm_eps": 1e-6,
         "num_embeds_ada_norm": 1000,
     }
+
+
+def pixart_control_example(module):
+    tokens, modulation = jnp.zeros((1, 1, module.features)), jnp.zeros((1, 6, module.features))
+    return tokens, {"hint": tokens, "kv": None}, modulation, tokens, None
 
 
 def vae_example(module):
@@ -135,6 +140,14 @@ FAMILIES = (
         supported={"model_type": ("t5",)},
         extras=t5_extras,
         stem="model",
+    ),
+    Family(
+        ("PixArtControlNetAdapterModel",),
+        "cnxs_jax.control.controlnet_transformer:ControlNetTransformer",
+        pixart_control.DIFFUSERS,
+        pixart_control_example,
+        supported={},
+        extras=lambda module: {},
     ),
 )
 

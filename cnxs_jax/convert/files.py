@@ -15,6 +15,7 @@ SUFFIXES = (".safetensors", *TORCH)
 MAX_INDEX = 10 * 2**20
 
 write_safetensors = safetensors_file.write
+read_metadata = safetensors_file.read_metadata
 
 
 def read_tensors(path, which=None):

@@ -37,8 +37,24 @@ def read(path):
     }
 
 
+def read_metadata(path):
+    """The strings that the file carries beside its tensors."""
+    return raw_header(path)[1]
+
+
 def read_header(path):
     """`({key: entry}, offset of the first byte of data)`, every field checked."""
+    header, _, start = raw_header(path)
+    if len(header) > MAX_TENSORS:
+        raise fail(f"{len(header)} tensors, at most {MAX_TENSORS}", path)
+    for key, entry in header.items():
+        check_entry(key, entry, path)
+    check_coverage(header, os.path.getsize(path) - start, path)
+    return header, start
+
+
+def raw_header(path):
+    """`({key: entry}, {name: string}, offset of the data)`, the entries unchecked."""
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         head = file.read(8)
@@ -54,12 +70,7 @@ def read_header(path):
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise fail("the safetensors metadata is no table of strings", path)
-    if len(header) > MAX_TENSORS:
-        raise fail(f"{len(header)} tensors, at most {MAX_TENSORS}", path)
-    for key, entry in header.items():
-        check_entry(key, entry, path)
-    check_coverage(header, size - 8 - length, path)
-    return header, 8 + length
+    return header, metadata, 8 + length
 
 
 def parse(data, path):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cnxs_jax import tree
-from cnxs_jax.convert import families, files, pixart, rules
+from cnxs_jax.convert import families, files, pixart, pixart_control, rules
 from cnxs_jax.errors import CheckpointError, ConfigError, did_you_mean
 
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
@@ -32,8 +32,9 @@ def load_model(path, component=None, config=None, dtype=None):
         path: a component directory (config.json and weights), a pipeline directory together with
             `component`, or one weight file: the official PixArt `.pth` files of the published
             sizes need nothing else, others need `config` or a config.json beside them.
-        component: the pipeline's component ("transformer"), or the state dict of a `.pth` that
-            has several ("state_dict_ema").
+        component: the pipeline's component ("transformer"), the network of a PixArt-ControlNet
+            file ("transformer" or "controlnet"), or the state dict of a `.pth` that has several
+            ("state_dict_ema").
         config: a dict or a JSON file with diffusers' names; goes over the file's own.
         dtype: of parameters and computation ("bfloat16"); None: float32.
 
@@ -68,10 +69,17 @@ def open_model(path, component=None, config=None, dtype=None):
             given = read_config(where)
     else:
         raise CheckpointError("there is no such file or directory", str(path))
-    tensors = files.read_tensors(weights, which)
+    tensors = read_component(weights, which)
     family, table, given = recognise(tensors, given, str(weights), str(where))
     module, target = families.build(family, given, str(where), dtype)
     return module, target, tensors, table, str(weights)
+
+
+def read_component(file, which=None):
+    """The tensors of one network; `which` is one of a file's networks or state dicts."""
+    if which in pixart_control.PREFIXES:
+        return pixart_control.component_of(files.read_tensors(file), which, str(file))
+    return pixart_control.component_of(files.read_tensors(file, which), None, str(file))
 
 
 def recognise(tensors, config, weights, where):
@@ -79,6 +87,10 @@ def recognise(tensors, config, weights, where):
     if pixart.is_official(tensors):
         family = families.FAMILIES[0]
         return family, pixart.OFFICIAL, config or pixart.config_of(tensors, weights)
+    if pixart_control.is_official(tensors):
+        family = families.family_of({"_class_name": "PixArtControlNetAdapterModel"}, weights)
+        config = config or pixart_control.config_of(tensors, weights)
+        return family, pixart_control.OFFICIAL, config
     if not config:
         raise ConfigError(
             "a weight file without a config, and no official PixArt file",
@@ -153,7 +165,7 @@ def load_null_caption(path, component=None):
     """
     path = Path(path)
     if not path.is_dir():
-        tensors = files.read_tensors(path, component)
+        tensors = read_component(path, component)
         if not pixart.is_official(tensors):
             return None
         return rules.side_tensors(tensors, pixart.OFFICIAL).get(pixart.NULL_CAPTION)
@@ -195,15 +207,10 @@ def save_model(module, params, directory, dtype=None, null_caption=None):
 def save_official(module, params, file, dtype=None, null_caption=None):
     """Writes PixArt's own layout: `.pth` (needs PyTorch) or `.safetensors`.
 
-    The position table, which the official code deletes on loading, is written with it.
+    A controlled PixArt goes into one file, base and control. The position table, which the
+    official code deletes on loading, is written with it.
     """
-    family = families.family_of_module(module)
-    if family is not families.FAMILIES[0]:
-        raise ConfigError(f"there is no official layout of {family.classes[0]}", "--to")
-    side = {} if null_caption is None else {pixart.NULL_CAPTION: null_caption}
-    tensors = rules.to_tensors(params, pixart.OFFICIAL, side)
-    tensors["pos_embed"] = position_table(module)
-    file = Path(file)
+    tensors, file = official_tensors(module, params, null_caption), Path(file)
     make_directory(file.parent)
     if file.suffix == ".safetensors":
         files.write_safetensors(file, tensors, dtype=dtype)
@@ -211,6 +218,20 @@ def save_official(module, params, file, dtype=None, null_caption=None):
         write_pth(file, tensors, dtype)
     else:
         raise ConfigError(f"{file.name!r} ends in neither .pth nor .safetensors", "DST")
+
+
+def official_tensors(module, params, null_caption=None):
+    """{official key: array} of a PixArt, or of a controlled one."""
+    name = type(module).__name__
+    if name == "ControlledPixArt":
+        base = official_tensors(module.base, params["base"], null_caption)
+        control = rules.to_tensors(params["control"], pixart_control.OFFICIAL)
+        return pixart_control.join(base, control)
+    if name != "PixArt":
+        raise ConfigError(f"there is no official layout of {name}", "--to")
+    side = {} if null_caption is None else {pixart.NULL_CAPTION: null_caption}
+    tensors = rules.to_tensors(params, pixart.OFFICIAL, side)
+    return {**tensors, "pos_embed": position_table(module)}
 
 
 def position_table(module):

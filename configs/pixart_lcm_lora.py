@@ -1,0 +1,121 @@
+r"""LCM-LoRA for PixArt (arXiv 2311.05556; PixArt-delta, section 6): a student that is an adapter.
+
+The distillation of `pixart_lcm.py` with the teacher frozen and low-rank updates of its linear
+layers trained alone. Its target network is the adapter's own moving average, as in full
+distillation; PixArt's and diffusers' scripts have none and chase the student itself.
+
+  :tiny     the embedded teacher, 64 px (the default)
+  :smoke    four steps of it, to test the plumbing
+  :xl_512   PixArt-XL/2, 512 px, rank 32
+  :xl_1024  the same at 1024 px, with micro-conditioning
+
+Published (PixArt's `train_pixart_lcm_lora.py`; no figures in the paper): rank 32, alpha 8, every
+linear layer, 16 pictures a GPU. The learning rate is the one of full distillation. `:tiny` takes
+rank 4 and alpha = rank: at its width of 192 higher ranks are no small part of the network.
+
+Run:
+  python -m train --config=configs/pixart_lcm_lora.py --workdir=runs/lcm_lora
+
+The result: `export/` is the merged pipeline, `export/lora/pytorch_lora_weights.safetensors` the
+adapter for diffusers, `export/lora/peft/` the same for PEFT.
+"""
+
+from ml_collections import ConfigDict
+
+SIZES = {"xl_512": 512, "xl_1024": 1024}
+TEACHERS = {"xl_512": "PixArt-XL-2-512x512", "xl_1024": "PixArt-XL-2-1024-MS"}
+VARIANTS = ("tiny", "smoke", *SIZES)
+TARGETS = (
+    r"(.*/)?(to_q|to_k|to_v|to_out_0|net_0/proj|net_2|proj|proj_out|linear|linear_1|linear_2)/kernel",
+)
+ATTENTION = (r".*/(to_q|to_k|to_v|to_out_0)/kernel",)
+
+
+def get_config(variant="tiny"):
+    """The recipe of one variant of `VARIANTS`."""
+    if variant not in VARIANTS:
+        raise ValueError(f"unknown variant {variant!r}, use one of {', '.join(VARIANTS)}")
+    if variant in SIZES:
+        return xl(variant)
+    config = tiny()
+    return smoke(config) if variant == "smoke" else config
+
+
+def published():
+    """What PixArt's script says; the variants change what they must."""
+    config = ConfigDict()
+    config.name = "lcm_lora"
+    config.task = "train.tasks:distill"
+    config.seed = 0
+    config.steps = 5000
+    config.batch_size = 32
+    config.grad_accum = 1
+    config.ema_decay = 0.95
+    config.null = "empty_prompt"
+    config.lora = ConfigDict({"rank": 32, "alpha": 8.0, "targets": TARGETS})
+    config.optimizer = ConfigDict()
+    config.optimizer.name = "adamw"
+    config.optimizer.learning_rate = 2e-5
+    config.optimizer.schedule = "constant"
+    config.optimizer.warmup_steps = 100
+    config.optimizer.weight_decay = 0.0
+    config.optimizer.clip_norm = 1.0
+    config.schedule = ConfigDict()
+    config.schedule.name = "linear"
+    config.schedule.beta_start = 1e-4
+    config.schedule.beta_end = 0.02
+    config.schedule.num_steps = 1000
+    config.objective = ConfigDict()
+    config.objective.prediction = "epsilon"
+    config.objective.omega = 4.5
+    config.objective.num_ddim_steps = 50
+    config.objective.loss = "pseudo_huber"
+    config.objective.huber_c = 1e-3
+    config.data = ConfigDict()
+    config.data.source = "emoji_scenes"
+    config.data.split = "train"
+    config.data.seed = 0
+    config.log_every = 10
+    config.save_every = 200
+    config.sample_every = 500
+    config.max_to_keep = 2
+    config.mesh = ConfigDict({"expert": 1, "data": -1, "fsdp": 1, "tensor": 1})
+    config.rules = ()
+    return config
+
+
+def tiny():
+    config = published()
+    config.teacher_path = "{assets}/pixart_tiny"
+    config.dtype = "float32"
+    config.lora = ConfigDict({"rank": 4, "alpha": 4.0, "targets": ATTENTION})
+    config.data.size = 64
+    config.data.max_length = 24
+    config.steps = 300
+    config.save_every = 100
+    config.sample_every = 100
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.schedule = "cosine"
+    config.optimizer.warmup_steps = 20
+    config.optimizer.final_scale = 0.1
+    config.objective.prediction = "v_prediction"
+    return config
+
+
+def smoke(config):
+    """A few steps, to test the plumbing."""
+    config.steps, config.batch_size = 4, 8
+    config.log_every, config.save_every, config.sample_every = 1, 2, 4
+    config.optimizer.warmup_steps = 2
+    return config
+
+
+def xl(variant):
+    config = published()
+    config.teacher_path = TEACHERS[variant]
+    config.dtype = "bfloat16"
+    config.remat = "full"
+    config.data.size = SIZES[variant]
+    config.data.max_length = 120
+    config.mesh.data, config.mesh.fsdp = 1, -1
+    return config
