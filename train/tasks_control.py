@@ -75,7 +75,7 @@ def controller(config):
             "hint": latents(vae, encoders["vae"], edge_image(raw["edges"]), key_hint),
         }
         x = latents(vae, encoders["vae"], raw["image"], key_x)
-        return {"x": x, "cond": {**cond, **sizes_of(dit, raw["image"])}}
+        return {"x": x, "cond": {**cond, **sizes_of(dit, raw)}}
 
     run, noise = sampling.denoiser(module), noise_schedule(config)
     objective = objectives.denoise(run, noise, objectives.controlled, **config.objective)

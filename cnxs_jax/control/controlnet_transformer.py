@@ -28,6 +28,7 @@ from cnxs_jax.models.dit import (
     unrolled,
 )
 from cnxs_jax.models.layers import Dense
+from cnxs_jax.models.painting import paint_at
 
 ORDERS = ("released", "paper", "unet")
 
@@ -41,11 +42,11 @@ class ControlBlock(nn.Module):
     impl: str | None = None
 
     @nn.compact
-    def __call__(self, c_BxNxD, text_kv, t0_Bx6xD, context_BxSxD, mask_BxS):
+    def __call__(self, c_BxNxD, text_kv, t0_Bx6xD, context_BxSxD, mask_BxS, paint=None):
         block = PixArtBlock(
             self.num_heads, self.head_dim, self.dtype, self.impl, name="transformer_block"
         )
-        c, _ = block(c_BxNxD, text_kv, t0_Bx6xD, context_BxSxD, mask_BxS)
+        c, _ = block(c_BxNxD, text_kv, t0_Bx6xD, context_BxSxD, mask_BxS, paint)
         return c, zero_linear(c.shape[-1], self.dtype, name="after_proj")(c)
 
 
@@ -88,12 +89,15 @@ class ControlNetTransformer(nn.Module):
             self.num_attention_heads, self.attention_head_dim, self.dtype, self.attention_impl
         )
 
-    def __call__(self, source_BxNxD, prepared, t0_Bx6xD, context_BxSxD, mask_BxS, scale_B=None):
-        """Residuals [num_layers, B, N, D] for the base's stream, times `scale_B`."""
+    def __call__(self, source_BxNxD, prepared, text, scale_B=None):
+        """Residuals [num_layers, B, N, D] for the base's stream, times `scale_B`.
+
+        `text`: what a block reads after the keys and values, see `PixArtBlock`.
+        """
         if self.is_initializing():
             self.before_proj(source_BxNxD)  # on its own, the adapter is not prepared before
         c = source_BxNxD + prepared["hint"]
-        _, out = self.controlnet_blocks(c, prepared["kv"], t0_Bx6xD, context_BxSxD, mask_BxS)
+        _, out = self.controlnet_blocks(c, prepared["kv"], *text)
         if scale_B is None:
             return out
         return out * scale_B.astype(out.dtype)[None, :, None, None]
@@ -154,10 +158,10 @@ class Adapters(nn.Module):
                 f"adapters of different order or depth: {sorted(kinds)}", "control.attach"
             )
 
-    def __call__(self, source, prepared, t0, context, mask, scale=None):
+    def __call__(self, source, prepared, text, scale=None):
         scale = (None,) * len(self.adapters) if scale is None else scale
         parts = zip(self.adapters, prepared, scale, strict=True)
-        return sum(adapter(source, p, t0, context, mask, s) for adapter, p, s in parts)
+        return sum(adapter(source, p, text, s) for adapter, p, s in parts)
 
     def prepare(self, hints, context):
         pairs = zip(self.adapters, hints, strict=True)
@@ -193,14 +197,16 @@ class ControlledPixArt(nn.Module):
                     'cond["hint"]',
                 )
         h, emb, t0 = self.base.embed(x, t, cond)
-        text, mask = cond["prepared"], cond.get("text_mask")
+        kv, context = cond["prepared"]["kv"], cond["prepared"]["context"]
+        p = self.base.patch_size
+        paint = paint_at(cond, (x.shape[1] // p, x.shape[2] // p), context.shape[1])
+        text = (t0, context, cond.get("text_mask"), paint)
         run = self._create if self.is_initializing() else self._blocks
 
         def control(source):
-            args = (cond["prepared_control"], t0, text["context"], mask)
-            return self.control(source, *args, cond.get("control_scale"))
+            return self.control(source, cond["prepared_control"], text, cond.get("control_scale"))
 
-        h = run(h, control, (text["kv"], t0, text["context"], mask))
+        h = run(h, control, (kv, *text))
         return self.base.final(h, emb, x.shape[1:3])
 
     def prepare(self, cond):
@@ -253,7 +259,7 @@ def run_blocks(base, params, h_BxNxD, text, start, stop, residuals=None):
     """
     if start == stop:
         return h_BxNxD
-    kv, t0, context, mask = text
+    kv, *others = text
     # parent=None: the block is applied with given parameters, it is no submodule.
     block = PixArtBlock(
         base.num_attention_heads,
@@ -268,7 +274,7 @@ def run_blocks(base, params, h_BxNxD, text, start, stop, residuals=None):
         own, own_kv = jax.tree.map(
             lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), (params, kv)
         )
-        h, _ = block.apply({"params": own}, h, own_kv, t0, context, mask)
+        h, _ = block.apply({"params": own}, h, own_kv, *others)
         return (h if residual is None else h + residual), None
 
     if base.remat is not None:
