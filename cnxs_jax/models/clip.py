@@ -273,5 +273,3 @@ def check(config):
             f"num_attention_heads {config.num_attention_heads}",
             where,
         )
-    if jnp.dtype(config.dtype) == jnp.float16:
-        raise ConfigError("CLIP is not run in float16", "clip dtype", "use float32 or bfloat16")

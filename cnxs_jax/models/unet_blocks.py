@@ -79,7 +79,7 @@ class CrossAttention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, attention to the text and GEGLU, each after a norm (`BasicTransformerBlock`)."""
+    """Self-attention, attention to the text, GEGLU, each after a norm (`BasicTransformerBlock`)."""
 
     num_heads: int
     head_dim: int
