@@ -78,17 +78,21 @@ class UNet(nn.Module):
         """Number of resolutions."""
         return len(self.block_out_channels)
 
+    def per_level(self, value):
+        """A config value that is one for all levels or one each, as one each."""
+        return tuple(value) if isinstance(value, tuple | list) else (value,) * self.num_levels
+
     @property
     def down_stages(self):
         """(level, layer) of encoder stages 1 and up; the layer after the last one downsamples."""
-        layers, last = self._each(self.layers_per_block), self.num_levels - 1
+        layers, last = self.per_level(self.layers_per_block), self.num_levels - 1
         counts = [n + (i < last) for i, n in enumerate(layers)]
         return tuple((i, j) for i, n in enumerate(counts) for j in range(n))
 
     @property
     def up_stages(self):
         """(level, layer) of the decoder stages, lowest resolution first."""
-        layers = self._each(self.layers_per_block)[::-1]
+        layers = self.per_level(self.layers_per_block)[::-1]
         return tuple((i, j) for i, n in enumerate(layers) for j in range(n + 1))
 
     @property
@@ -111,7 +115,7 @@ class UNet(nn.Module):
         self._check()
         dtype, widths = self.dtype, self.block_out_channels
         depths, heads = self._depths(self.down_block_types, DOWN), self._heads()
-        layers, last = self._each(self.layers_per_block), self.num_levels - 1
+        layers, last = self.per_level(self.layers_per_block), self.num_levels - 1
         self.conv_in = Conv(widths[0], dtype=dtype)
         self.time_embedding = TimestepEmbedding(4 * widths[0], dtype)
         if self.addition_embed_type:
@@ -121,7 +125,7 @@ class UNet(nn.Module):
             for i in range(self.num_levels)
         ]
         if self.mid_block_type:
-            depth = self._each(self.transformer_layers_per_block)[-1]
+            depth = self.per_level(self.transformer_layers_per_block)[-1]
             self.mid_block = self._level(widths[-1], 2, depth, heads[-1], None, num_attentions=1)
         depths = self._depths(self.up_block_types[::-1], UP)
         self.up_blocks = [
@@ -215,15 +219,12 @@ class UNet(nn.Module):
 
     # Sizes
 
-    def _each(self, value):
-        return tuple(value) if isinstance(value, tuple | list) else (value,) * self.num_levels
-
     def _heads(self):
-        return self._each(self.attention_head_dim)
+        return self.per_level(self.attention_head_dim)
 
     def _depths(self, types, attended):
         """Transformer blocks a layer, 0 where the level has none; highest resolution first."""
-        depths = self._each(self.transformer_layers_per_block)
+        depths = self.per_level(self.transformer_layers_per_block)
         return [depth if attended[name] else 0 for depth, name in zip(depths, types, strict=True)]
 
     def _level(self, width, layers, depth, heads, resample, num_attentions=None):
@@ -262,7 +263,7 @@ class UNet(nn.Module):
             if len(given) != n or not set(given) <= set(known):
                 raise ConfigError(f"{name} = {given}, expected {n} of {sorted(known)}", where)
         for name in ("layers_per_block", "transformer_layers_per_block", "attention_head_dim"):
-            given = self._each(getattr(self, name))
+            given = self.per_level(getattr(self, name))
             if len(given) != n or not all(type(v) is int and v > 0 for v in given):
                 raise ConfigError(f"{name} = {given}, expected {n} positive numbers", where)
         for width, heads in zip(self.block_out_channels, self._heads(), strict=True):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from diffusers.loaders import single_file_utils
 
 from cnxs_jax import tree
 from cnxs_jax.convert import families, rules, unet
@@ -152,6 +153,22 @@ def test_saved_by_us_opens_in_diffusers(pairs, tmp_path, name):
     same = [k for k in before if k not in ("_diffusers_version", "_name_or_path", "dropout")]
     same.remove("addition_embed_type_num_heads")  # of "text" embeddings, which are refused
     assert {k: after.get(k) for k in same} == {k: before[k] for k in same}
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl"])
+def test_ldm_names_are_those_that_diffusers_reads(pairs, name):
+    model, module, params, _ = pairs(name)
+    table = unet.ldm(module, unet.LDM_PREFIX)
+    tensors = rules.to_tensors(params, table)
+    theirs = {key: torch.from_numpy(np.array(value)) for key, value in tensors.items()}
+    config = {"layers_per_block": module.layers_per_block} | CONFIGS[name]
+    back = single_file_utils.convert_ldm_unet_checkpoint(theirs, config)
+    expected = model.state_dict()
+    assert back.keys() == expected.keys()
+    assert len(tensors) == len(expected)
+    assert all(torch.equal(back[key], value) for key, value in expected.items())
+    again = rules.to_params(tensors, params, table)
+    jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
 @pytest.mark.parametrize("name", [*unet.PUBLISHED, "lcm_sd15"])
