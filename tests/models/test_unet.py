@@ -51,11 +51,17 @@ def inputs(size=(8, 12), seed=0):
 
 @pytest.fixture(scope="module")
 def params():
-    init = jax.jit(UNet(**TINY).init)(jax.random.key(0), *inputs())["params"]
-    leaves, treedef = jax.tree.flatten(init)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noisy = [p + 0.1 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(treedef, noisy)
+    """Random numbers everywhere, of a size that keeps the activations near 1."""
+    shapes = jax.eval_shape(UNet(**TINY).init, jax.random.key(0), *inputs())["params"]
+    rng = np.random.default_rng(1)
+
+    def draw(path, leaf):
+        noise = rng.normal(size=leaf.shape).astype(np.float32)
+        if path.endswith("kernel"):
+            return noise / np.float32(np.sqrt(np.prod(leaf.shape[:-1])))
+        return np.float32(path.endswith("scale")) + np.float32(0.1) * noise
+
+    return tree.map_with_path(draw, shapes)
 
 
 apply = jax.jit(
