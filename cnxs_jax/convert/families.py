@@ -8,7 +8,7 @@ import typing
 import jax
 import jax.numpy as jnp
 
-from cnxs_jax.convert import pixart, pixart_control, t5, vae
+from cnxs_jax.convert import clip, pixart, pixart_control, t5, unet, vae
 from cnxs_jax.convert.rules import Table
 from cnxs_jax.errors import CnxsError, ConfigError, did_you_mean
 
@@ -101,6 +101,37 @@ def t5_extras(module):
     }
 
 
+def unet_example(module):
+    side, added = 2 ** (len(module.block_out_channels) - 1), {}
+    if module.addition_embed_type:
+        # Only the sum of their widths is known: one number and a pooled text that fills the rest.
+        rest = module.projection_class_embeddings_input_dim - module.addition_time_embed_dim
+        added = {"pooled": jnp.zeros((1, rest)), "time_ids": jnp.zeros((1, 1))}
+    text = jnp.zeros((1, 1, module.cross_attention_dim))
+    cond = {"text": text, "guidance": jnp.zeros((1,)), **added}
+    return jnp.zeros((1, side, side, module.in_channels)), jnp.zeros((1,)), cond
+
+
+def unet_extras(module):
+    return unet.EXTRAS
+
+
+def clip_text_example(module):
+    return (jnp.zeros((1, 2), jnp.int32),)
+
+
+def clip_text_extras(module):
+    return {"model_type": "clip_text_model", "bos_token_id": 0, "pad_token_id": 1}
+
+
+def clip_vision_example(module):
+    return (jnp.zeros((1, module.image_size, module.image_size, module.num_channels)),)
+
+
+def clip_vision_extras(module):
+    return {"model_type": "clip_vision_model"}
+
+
 FAMILIES = (
     Family(
         ("PixArtTransformer2DModel", "Transformer2DModel"),
@@ -148,6 +179,41 @@ FAMILIES = (
         pixart_control_example,
         supported={},
         extras=lambda module: {},
+    ),
+    Family(
+        ("UNet2DConditionModel",),
+        "cnxs_jax.models.unet:UNet",
+        unet.DIFFUSERS,
+        unet_example,
+        supported=unet.SUPPORTED,
+        extras=unet_extras,
+    ),
+    Family(
+        ("CLIPTextModel",),
+        "cnxs_jax.models.clip:CLIPTextModel",
+        clip.TEXT,
+        clip_text_example,
+        supported={"model_type": ("clip_text_model",)},
+        extras=clip_text_extras,
+        stem="model",
+    ),
+    Family(
+        ("CLIPTextModelWithProjection",),
+        "cnxs_jax.models.clip:CLIPTextModelWithProjection",
+        clip.TEXT,
+        clip_text_example,
+        supported={"model_type": ("clip_text_model",)},
+        extras=clip_text_extras,
+        stem="model",
+    ),
+    Family(
+        ("CLIPVisionModelWithProjection",),
+        "cnxs_jax.models.clip:CLIPVisionModelWithProjection",
+        clip.VISION,
+        clip_vision_example,
+        supported={"model_type": ("clip_vision_model",)},
+        extras=clip_vision_extras,
+        stem="model",
     ),
 )
 

@@ -202,10 +202,18 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Each pixel twice in height and width, then a 3x3 convolution (`Upsample2D`)."""
+    """Each pixel twice in height and width, then a 3x3 convolution (`Upsample2D`).
+
+    `size` (height, width), one pixel less at most: what the encoder had before it rounded up.
+    """
 
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
-        return Conv(x.shape[-1], dtype=self.dtype, doubled=True, name="conv")(x)
+    def __call__(self, x, size=None):
+        B, H, W, C = x.shape
+        if size is None or tuple(size) == (2 * H, 2 * W):
+            return Conv(C, dtype=self.dtype, doubled=True, name="conv")(x)
+        doubled = jnp.broadcast_to(x[:, :, None, :, None], (B, H, 2, W, 2, C))
+        doubled = doubled.reshape(B, 2 * H, 2 * W, C)[:, : size[0], : size[1]]
+        return Conv(C, dtype=self.dtype, name="conv")(doubled)

@@ -127,14 +127,21 @@ class Dense(nn.Module):
 
 
 class TimestepEmbedding(nn.Module):
-    """Linear, SiLU, Linear (diffusers `TimestepEmbedding`)."""
+    """Linear, SiLU, Linear (diffusers `TimestepEmbedding`).
+
+    `condition` [B,E] is projected without bias and added to the input (LCM's guidance embedding).
+    """
 
     features: int
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
-        x = Dense(self.features, dtype=self.dtype, name="linear_1")(x.astype(self.dtype))
+    def __call__(self, x, condition=None):
+        x = x.astype(self.dtype)
+        if condition is not None:
+            project = Dense(x.shape[-1], use_bias=False, dtype=self.dtype, name="cond_proj")
+            x = x + project(condition.astype(self.dtype))
+        x = Dense(self.features, dtype=self.dtype, name="linear_1")(x)
         return Dense(self.features, dtype=self.dtype, name="linear_2")(nn.silu(x))
 
 
