@@ -1,18 +1,23 @@
 """What the tasks are made of: config tables, latents, conditions, samples and exports."""
 
 import dataclasses
+import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cnxs_jax import lora
 from cnxs_jax import tree as trees
 from cnxs_jax.convert import lora as lora_files
 from cnxs_jax.convert import pixart
 from cnxs_jax.diffusion import schedule
+from cnxs_jax.errors import ConfigError
 from train import inputs, objectives, optimizer, validate
 from train.pictures import grid, to_uint8
 
+REMAT = validate.choice("full", *(n for n in dir(jax.checkpoint_policies) if n[0] != "_"))
 SCHEDULE = {
     "name": validate.choice("linear", "scaled_linear"),
     "beta_start": validate.number(0, 1, open_low=True, open_high=True),
@@ -53,6 +58,51 @@ def noise_schedule(config):
     values = config.schedule
     make_schedule = getattr(schedule, values.name)
     return make_schedule(values.beta_start, values.beta_end, values.num_steps)
+
+
+def check_scheduler(config, path):
+    """Raises ConfigError where `config` contradicts the scheduler of the pipeline at `path`.
+
+    A network asked for noise that was trained to give v still runs, and learns nothing.
+    """
+    file = pathlib.Path(path) / "scheduler" / "scheduler_config.json"
+    if not file.is_file():
+        return
+    found = json.loads(file.read_text())
+    prediction = found.get("prediction_type", "epsilon")
+    if prediction != config.objective.prediction:
+        raise ConfigError(
+            f"the pipeline predicts {prediction}, the config says {config.objective.prediction}",
+            "config.objective.prediction",
+            f"set it to {prediction!r} as {file} has it",
+        )
+    theirs, ours = schedule.from_config(found), noise_schedule(config)
+    same = theirs.num_train_timesteps == ours.num_train_timesteps
+    if not same or not np.allclose(theirs.alphas_cumprod, ours.alphas_cumprod, rtol=1e-6):
+        raise ConfigError(
+            "another noise schedule than the pipeline was trained with",
+            "config.schedule",
+            f"take the betas of {file}",
+        )
+
+
+def check_fit(dit, vae, text, size, where="config.transformer"):
+    """Raises ConfigError unless the networks of a pipeline fit each other and `size` px."""
+    if dit.in_channels != vae.latent_channels:
+        raise ConfigError(
+            f"in_channels {dit.in_channels}, the VAE has {vae.latent_channels}", where
+        )
+    if dit.caption_channels != text.d_model:
+        raise ConfigError(
+            f"caption_channels {dit.caption_channels}, the text encoder gives {text.d_model}", where
+        )
+    step = vae.downsample_factor * dit.patch_size
+    if size is not None and size % step:
+        raise ConfigError(
+            f"{size} px are not a multiple of {step}, VAE and patches together",
+            "config.data.size",
+            f"the nearest are {validate.nearest(size, step)}",
+        )
 
 
 def to_signed(image):

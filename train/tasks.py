@@ -17,7 +17,10 @@ from train import inputs, objectives, optimizer, validate
 from train.loop import Task
 from train.parts import (
     LORA,
+    REMAT,
     SCHEDULE,
+    check_fit,
+    check_scheduler,
     fields,
     latents,
     make,
@@ -57,7 +60,6 @@ KEYS = {
         "transformer": fields(PixArt),
         "text_encoder": validate.Optional(fields(T5Encoder)),
         "text_encoder_path": validate.Optional(validate.text),
-        "init_path": validate.Optional(validate.text),
         "caption_dropout": validate.number(0, 1),
         "schedule": SCHEDULE,
         "objective": DENOISE,
@@ -66,7 +68,7 @@ KEYS = {
         "data": inputs.KEYS,
         "teacher_path": validate.text,
         "dtype": validate.Optional(validate.choice("float32", "bfloat16")),
-        "remat": validate.Optional(validate.text),
+        "remat": validate.Optional(REMAT),
         "null": validate.choice("learned", "empty_prompt"),
         "schedule": SCHEDULE,
         "objective": CONSISTENCY,
@@ -220,6 +222,13 @@ def denoiser(config):
     else:
         text, encoders["text_encoder"] = load_model(config.text_encoder_path)
         run = sampling.denoiser(dit)
+    check_fit(dit, vae, text, config.data.size)
+    latent = config.data.size // vae.downsample_factor
+    if latent != dit.sample_size:
+        raise ConfigError(
+            f"sample_size {dit.sample_size}, {config.data.size} px give latents of {latent}",
+            "config.transformer.sample_size",
+        )
 
     def encode(encoders, raw, key):
         key_drop, key_vae = jax.random.split(key)
@@ -295,10 +304,16 @@ def distill(config):
     loader, tokenizer = inputs.open_loader(
         config, tokenizer_path=f"{config.teacher_path}/tokenizer"
     )
+    check_scheduler(config, config.teacher_path)
+    check_fit(dit, vae, text, config.data.size)
     empty = inputs.tokens(config, tokenizer, [""])
     encoders = {"vae": vae_params, "text_encoder": text_params}
     if config.null == "learned":
-        encoders["null"] = inputs.null_caption(config.teacher_path)[: config.data.max_length]
+        length = config.data.max_length
+        encoders["null"] = inputs.null_caption(config.teacher_path)[:length]
+        if len(encoders["null"]) < length:
+            what = f"max_length {length}, the learned null caption has {len(encoders['null'])}"
+            raise ConfigError(what, "config.data.max_length")
 
     def encode(encoders, raw, key):
         def embed(ids, mask):

@@ -13,7 +13,16 @@ from cnxs_jax.control.controlnet_transformer import ControlNetTransformer, from_
 from cnxs_jax.diffusion import guidance, sampling, schedule, solvers
 from train import inputs, objectives, validate
 from train.loop import Task
-from train.parts import SCHEDULE, latents, noise_schedule, sizes_of, to_signed
+from train.parts import (
+    REMAT,
+    SCHEDULE,
+    check_fit,
+    check_scheduler,
+    latents,
+    noise_schedule,
+    sizes_of,
+    to_signed,
+)
 from train.pictures import grid, to_uint8
 from train.tasks import DENOISE, check_range, drop_captions
 
@@ -22,7 +31,7 @@ KEYS = {
         "data": inputs.KEYS,
         "base_path": validate.text,
         "dtype": validate.Optional(validate.choice("float32", "bfloat16")),
-        "remat": validate.Optional(validate.text),
+        "remat": validate.Optional(REMAT),
         "control": {
             "num_layers": validate.integer(1),
             "order": validate.Optional(validate.choice("released", "paper", "unet")),
@@ -53,6 +62,8 @@ def controller(config):
     vae, vae_params = load_model(f"{path}/vae")
     text, text_params = load_model(f"{path}/text_encoder", dtype=dtype)
     loader, tokenizer = inputs.open_loader(config, tokenizer_path=f"{path}/tokenizer", keys=ARRAYS)
+    check_scheduler(config, path)
+    check_fit(dit, vae, text, config.data.size)
     empty = inputs.tokens(config, tokenizer, [""])
     encoders = {"vae": vae_params, "text_encoder": text_params}
     adapter = ControlNetTransformer(

@@ -41,6 +41,8 @@ def open_source(name, split="train", size=None, *, truth=False, seed=0, root=Non
             fix = "e.g. --config.data.root=photos"
             raise errors.ConfigError("image_folder needs a folder", "data.root", fix)
         return image_folder.ImageFolder(root, size or 512)
+    if "num_concepts" in world_options and name != "emoji_scenes":
+        raise errors.ConfigError(f"{name} has no number of concepts", "data.num_concepts")
     world, usual = WORLDS[name]
     return scenes.SceneSource(world(**world_options), split, size or usual, truth, seed)
 

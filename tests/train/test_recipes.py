@@ -142,3 +142,31 @@ def test_a_missing_null_caption_is_named(teacher):
     config.data.size = 32
     with pytest.raises(CheckpointError, match="null caption is missing"):
         loop.build_task(config)
+
+
+def test_a_teacher_of_another_kind_is_refused(teacher, tmp_path):
+    """It would train without a word, towards nothing."""
+    config = configs.pixart_lcm.get_config("smoke")
+    config.teacher_path, config.data.size = str(teacher / "teacher" / "export"), 32
+    config.objective.prediction = "epsilon"
+    with pytest.raises(ConfigError, match="predicts v_prediction, the config says epsilon"):
+        loop.build_task(config)
+    config.objective.prediction = "v_prediction"
+    config.schedule.beta_end = 0.012
+    with pytest.raises(ConfigError, match="another noise schedule"):
+        loop.build_task(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sample_size": 4}, "sample_size 4, 32 px give latents of 8"),
+        ({"in_channels": 4, "out_channels": 4}, "in_channels 4, the VAE has 8"),
+        ({"caption_channels": 24}, "caption_channels 24, the text encoder gives 16"),
+    ],
+)
+def test_networks_that_do_not_fit_are_named(teacher, change, message):
+    config = loop.expand(configs.pixart.get_config("smoke").teacher, teacher)
+    config.transformer.update(change)
+    with pytest.raises(ConfigError, match=message):
+        loop.build_task(config)
