@@ -136,8 +136,8 @@ def deep_by_calls(count=100_000):
     return function + b")q\6" + b"0h\5(h\6NNNtRq\6" * count
 
 
-def wide(depth=60):
-    """2**60 tuples to hash or print, in 240 bytes: each holds the one before twice."""
+def wide(depth=40):
+    """2**40 tuples to hash or print, in 160 bytes: each holds the one before twice."""
     return b")" + b"q\5h\5\x86" * depth
 
 
