@@ -15,7 +15,7 @@ from cnxs_jax.errors import CheckpointError
 
 MAX_PICKLE = 16 * 2**20
 MAX_OPCODES = 50 * MAX_TENSORS  # a tensor and its name take about 35
-MAX_DEPTH = 64  # tensors in an optimizer's state in a trainer's checkpoint: about 12
+MAX_DEPTH = 64  # a tensor in an optimizer's state in a trainer's checkpoint: 8
 MAX_BITS = 64
 STORAGES = {
     "DoubleStorage": "F64",
