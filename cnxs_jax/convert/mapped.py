@@ -1,8 +1,10 @@
 """Bytes of a file as arrays without reading it: what both weight formats share."""
 
+import math
 import mmap
 import os
 import re
+import reprlib
 
 import ml_dtypes
 import numpy as np
@@ -88,16 +90,19 @@ class Mapped:
 
     def view(self, dtype, shape, start, strides=None):
         """A strided view (strides in elements) at byte `start`, checked against the file's end."""
-        count = 1
-        for size in shape:
-            count *= size
+        count, extent = math.prod(shape), math.prod(n or 1 for n in shape)
+        if extent * dtype.itemsize >= 2**62:  # numpy refuses it even where another size is 0
+            raise fail(f"a tensor of the impossible shape {shape}", self.path)
         if not count:
             return np.empty(shape, dtype)
         if strides is None:
             last = count - 1
         else:
             last = sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-            strides = [s * dtype.itemsize for s in strides]
+            # The stride of a single element is never used, so a file may claim any.
+            strides = [
+                s * dtype.itemsize if n > 1 else 0 for n, s in zip(shape, strides, strict=True)
+            ]
         if start < 0 or start + (last + 1) * dtype.itemsize > self.size:
             raise fail("a tensor reaches beyond the end of the file", self.path)
         return np.ndarray(shape, dtype, self.buffer, start, strides)
@@ -106,7 +111,7 @@ class Mapped:
 def check_key(key, path):
     """Refuses names that no module has: empty, over-long, with control characters."""
     if not isinstance(key, str) or not 0 < len(key) <= MAX_KEY or not key.isprintable():
-        raise fail(f"a tensor has the impossible name {str(key)[:40]!r}", path)
+        raise fail(f"a tensor has the impossible name {reprlib.repr(key)}", path)
 
 
 def is_count(value):

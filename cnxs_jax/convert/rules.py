@@ -10,6 +10,7 @@ exactly once; all that is wrong is reported together.
 """
 
 import difflib
+import heapq
 import re
 from dataclasses import dataclass
 
@@ -20,6 +21,8 @@ from cnxs_jax import tree
 from cnxs_jax.errors import CheckpointError
 
 MAX_NAMES = 20
+MAX_CHOICES = 2000
+MAX_CANDIDATES = 24
 WEIGHTS = ("kernel", "scale", "embedding")
 FIELDS = {
     "p": "weight|bias",
@@ -71,19 +74,20 @@ class Problems:
     def __init__(self, where):
         self.where, self.lists = where, {}
 
-    def add(self, kind, text):
-        self.lists.setdefault(kind, []).append(text)
+    def add(self, kind, text, choices=()):
+        """`choices`: the names of which the nearest to `text` is offered, if `text` is shown."""
+        self.lists.setdefault(kind, []).append((text, choices))
 
     def check(self):
         """Raises CheckpointError with counts and at most 20 names a kind."""
         if not self.lists:
             return
         lines = []
-        for kind, texts in self.lists.items():
-            lines.append(f"{len(texts)} {kind}:")
-            lines += [f"    {text}" for text in texts[:MAX_NAMES]]
-            if len(texts) > MAX_NAMES:
-                lines.append(f"    and {len(texts) - MAX_NAMES} more")
+        for kind, found in self.lists.items():
+            lines.append(f"{len(found)} {kind}:")
+            lines += [f"    {text}{near(text, choices)}" for text, choices in found[:MAX_NAMES]]
+            if len(found) > MAX_NAMES:
+                lines.append(f"    and {len(found) - MAX_NAMES} more")
         raise CheckpointError(
             "the weights do not fit the model: " + "\n  ".join(lines),
             self.where,
@@ -119,9 +123,9 @@ def to_params(tensors, target, table=None, where="weights", dtype=np.float32):
         plan.append((path, index, source, array))
     missing = missing_keys(shapes, filled, table)
     for key in missing:
-        problems.add("missing tensors", key + near(key, unknown))
+        problems.add("missing tensors", key, unknown)
     for source in sorted(set(unknown)):
-        problems.add("unknown tensors", source + near(source, missing))
+        problems.add("unknown tensors", source, missing)
     problems.check()
     return tree.unflatten(fill(plan, shapes, dtype, problems))
 
@@ -370,6 +374,15 @@ def to_float(array):
 
 
 def near(name, choices):
-    """` (nearest: x)`, or nothing."""
-    found = difflib.get_close_matches(name, choices[:2000], n=1, cutoff=0.75)
+    """` (nearest: x)`, or nothing. difflib sees only the names that share most parts with `name`.
+
+    It takes a tenth of a millisecond a pair, and PixArt's 445 names all resemble each other.
+    """
+    parts = set(name.split("."))
+    shared = heapq.nlargest(
+        MAX_CANDIDATES,
+        choices[:MAX_CHOICES],
+        key=lambda c: (len(parts.intersection(c.split("."))), -abs(len(c) - len(name))),
+    )
+    found = difflib.get_close_matches(name, shared, n=1, cutoff=0.75)
     return f" (nearest: {found[0]})" if found else ""

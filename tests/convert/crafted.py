@@ -1,5 +1,6 @@
 """Builders of weight files, good and hostile, independent of the readers under test."""
 
+import copy
 import json
 import struct
 import zipfile
@@ -50,6 +51,7 @@ BAD_SAFETENSORS = {
     "boolean_shape": safetensors({"a": entry("F32", [True, 2], 0, 8)}, bytes(8)),
     "overflow_shape": safetensors({"a": entry("F32", [2**40, 2**40], 0, 8)}, bytes(8)),
     "zero_times_huge": safetensors({"a": entry("F32", [0, 2**63], 0, 0)}),
+    "zero_times_2_61": safetensors({"a": entry("F32", [0, 2**61], 0, 0)}),
     "65_dimensions": safetensors({"a": entry("F32", [1] * 65, 0, 4)}, bytes(4)),
     "unknown_dtype": safetensors({"a": entry("F8_E4M3", [8], 0, 8)}, bytes(8)),
     "dtype_no_string": safetensors({"a": entry(["F32"], [2], 0, 8)}, bytes(8)),
@@ -113,11 +115,38 @@ def call(function, *arguments):
     return function + tuple_of(*arguments) + b"R"
 
 
+def item(key, value=b"K\1"):
+    """A dict of one entry, whose key is any program."""
+    return b"}" + key + value + b"s"
+
+
+def deep(count=10**6):
+    """A tuple in a tuple in a tuple."""
+    return b")" + b"\x85" * count
+
+
+def deep_by_memo(count=100_000):
+    """The same, with the stack empty in between."""
+    return b")q\5" + b"0h\5\x85q\5" * count
+
+
+def deep_by_calls(count=100_000):
+    """Tensors as the storage of tensors: these are tuples, too."""
+    function = name("torch._utils", "_rebuild_tensor_v2") + b"q\5" + b"0"
+    return function + b")q\6" + b"0h\5(h\6NNNtRq\6" * count
+
+
+def wide(depth=40):
+    """2**40 tuples to hash or print, in 160 bytes: each holds the one before twice."""
+    return b")" + b"q\5h\5\x86" * depth
+
+
 def dict_of(items):
     return b"}(" + b"".join(text(k) + v for k, v in items.items()) + b"u"
 
 
 def tensor(key="0", count=6, offset=0, size=(2, 3), stride=(3, 1), storage="FloatStorage"):
+    """A call of torch's function; `size` is a tuple of integers or a program."""
     persistent = tuple_of(
         text("storage"), name("torch", storage), text(key), text("cpu"), integer(count)
     )
@@ -125,7 +154,7 @@ def tensor(key="0", count=6, offset=0, size=(2, 3), stride=(3, 1), storage="Floa
         name("torch._utils", "_rebuild_tensor_v2"),
         persistent + b"Q",
         integer(offset),
-        tuple_of(*map(integer, size)),
+        size if isinstance(size, bytes) else tuple_of(*map(integer, size)),
         tuple_of(*map(integer, stride)),
         b"\x89",
         call(name("collections", "OrderedDict")),
@@ -156,12 +185,33 @@ def only(**keywords):
     return lambda path: write_zip(path, program(dict_of({"a": tensor(**keywords)})))
 
 
+def same_dict_often(path):
+    inner = dict_of({str(i): b"N" for i in range(20_000)})
+    again = b"h\5".join(text(str(i)) for i in range(5_000))
+    write_zip(path, program(b"}(" + text("x") + inner + b"q\5" + again + b"h\5u"))
+
+
+def overlapping(path, count=500):
+    """Many names for the same megabyte: each would be read for its checksum."""
+    data = {"0": bytes(10**6)}
+    tensors = {str(i): tensor(str(i)) for i in range(count)}
+    write_zip(path, program(dict_of(tensors)), data)
+    with zipfile.ZipFile(path, "a") as archive:
+        for i in range(1, count):
+            info = copy.copy(archive.getinfo("archive/data/0"))
+            info.filename = f"archive/data/{i}"
+            archive.filelist.append(info)
+        archive.writestr("archive/version", "3")
+
+
 def raw(data):
     return lambda path: path.write_bytes(data)
 
 
 TOUCH = text(f"touch {MARKER}")
 EVAL = text(f"open({MARKER!r}, 'w')")
+# The state (None, {"__defaults__": None}) of BUILD: sets attributes.
+DEFAULTS = b"N" + dict_of({"__defaults__": b"N"}) + b"\x86"
 BAD_TORCH = {
     "os_system": attack(call(name("os", "system"), TOUCH)),
     "posix_system": attack(call(name("posix", "system"), TOUCH)),
@@ -184,6 +234,25 @@ BAD_TORCH = {
     "extension": attack(b"\x82\x01"),
     "new_object": attack(name("collections", "OrderedDict") + b")\x81"),
     "memo_bomb": attack(b"}r" + struct.pack("<I", 2**31)),
+    "deep_key": attack(item(deep())),
+    "deep_key_by_memo": attack(item(deep_by_memo())),
+    "deep_key_by_calls": attack(item(deep_by_calls())),
+    "deep_value": attack(b"]" * 10**6 + b"a" * (10**6 - 1)),
+    "wide_key": attack(item(wide())),
+    "wide_key_of_ordered_dict": attack(
+        call(name("collections", "OrderedDict"), b"](](" + wide() + b"K\1ee")
+    ),
+    "wide_key_in_set": attack(b"\x8f(" + wide() + b"\x90"),
+    "deep_size": only(size=deep()),
+    "wide_size": only(size=wide()),
+    "zero_times_2_61": only(size=(0, 2**61), stride=(1, 1)),
+    "colliding_keys": attack(
+        b"}(" + b"".join(integer(i * (2**61 - 1)) + b"N" for i in range(30_000)) + b"u"
+    ),
+    "same_dict_often": same_dict_often,
+    "overlapping_members": overlapping,
+    "function_defaults": attack(name("torch._utils", "_rebuild_tensor_v2") + DEFAULTS + b"b"),
+    "class_attribute": attack(name("collections", "OrderedDict") + DEFAULTS + b"b"),
     "pickle_cut": lambda path: write_zip(path, program(dict_of({"a": tensor()}))[:-20]),
     "pickle_noise": lambda path: write_zip(path, bytes(range(256))),
     "stack_underflow": lambda path: write_zip(path, program(b"R")),

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from cnxs_jax.convert import files
+from cnxs_jax.convert import files, state_pickle
 from cnxs_jax.errors import CheckpointError
 from tests.convert import crafted
 
@@ -78,6 +78,57 @@ def test_refused_global_is_named_with_a_way_out(tmp_path):
     message = refused(path)
     assert "argparse.Namespace" in message
     assert "weights_only=True" in message
+
+
+def good_zip(path, content, **keywords):
+    crafted.write_zip(path, crafted.program(crafted.dict_of(content)), **keywords)
+    return path
+
+
+def test_a_hostile_file_does_not_change_how_the_next_is_read(tmp_path):
+    path = good_zip(tmp_path / "good.pth", {"a": crafted.tensor()})
+    before = files.read_tensors(path)["a"]
+    crafted.BAD_TORCH["function_defaults"](tmp_path / "bad.pth")
+    assert "attributes of a function" in refused(tmp_path / "bad.pth")
+    np.testing.assert_array_equal(files.read_tensors(path)["a"], before)
+
+
+def test_attributes_of_ordered_dicts_are_dropped(tmp_path):
+    """torch.save sets `_metadata`; `items` would be called by whoever reads the dict."""
+    ordered = crafted.call(crafted.name("collections", "OrderedDict"))
+    entries = b"(" + crafted.text("a") + crafted.tensor() + b"u"
+    state = crafted.dict_of({"_metadata": ordered, "items": b"K\1", "values": b"K\1"})
+    path = tmp_path / "w.pth"
+    crafted.write_zip(path, crafted.program(ordered + entries + state + b"b"))
+    assert files.read_tensors(path)["a"].shape == (2, 3)
+
+
+def test_the_stride_of_a_single_element_does_not_count(tmp_path):
+    tensor = crafted.tensor(size=(1, 6), stride=(2**61, 1))
+    path = good_zip(tmp_path / "w.pth", {"a": tensor})
+    np.testing.assert_array_equal(files.read_tensors(path)["a"], [[0, 1, 2, 3, 4, 5]])
+
+
+def test_a_checkpoint_of_a_trainer_is_not_too_deep(tmp_path):
+    """Nested thirty times, and filled in a hundred batches, as the pickler does it."""
+    config = crafted.integer(1)
+    for _ in range(15):
+        config = crafted.dict_of({"x": b"]" + config + b"a"})
+    batches = b"".join(b"(" + crafted.text(f"t{i}") + crafted.tensor() + b"u" for i in range(100))
+    path = good_zip(tmp_path / "w.pth", {"config": config, "state_dict": b"}" + batches})
+    assert len(files.read_tensors(path)) == 100
+
+
+def test_the_number_of_opcodes_is_limited(tmp_path, monkeypatch):
+    path = good_zip(tmp_path / "w.pth", {"a": crafted.tensor(), "x": b"N0" * 500 + b"N"})
+    assert set(files.read_tensors(path)) == {"a"}
+    monkeypatch.setattr(state_pickle, "MAX_OPCODES", 1000)
+    assert "more than 1000 opcodes" in refused(path)
+
+
+def test_names_from_a_file_cannot_steer_the_terminal(tmp_path):
+    call = crafted.call(crafted.name("os\x1b[2J", "system"))
+    assert "\x1b" not in refused(good_zip(tmp_path / "w.pth", {"a": call}))
 
 
 def test_every_truncation_is_refused(tmp_path):

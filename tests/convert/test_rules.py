@@ -131,6 +131,28 @@ def test_nearest_name_is_offered():
         rules.to_params(tensors, target, pixart.DIFFUSERS)
 
 
+def test_names_with_a_foreign_prefix_are_hinted_without_comparing_all(monkeypatch):
+    target = target_of(PIXART, TINY_PIXART | {"num_layers": 28})
+    shapes = tree.flatten(target).items()
+    keys = [k for path, leaf in shapes for k in rules.keys_of(path, leaf.shape, pixart.DIFFUSERS)]
+    assert len(keys) > 400
+    pairs = []
+    real = rules.difflib.get_close_matches
+
+    def counted(name, choices, **keywords):
+        pairs.append(len(choices))
+        return real(name, choices, **keywords)
+
+    monkeypatch.setattr(rules.difflib, "get_close_matches", counted)
+    with pytest.raises(CheckpointError) as caught:
+        rules.to_params({f"model.{k}": np.ones(1) for k in keys}, target, pixart.DIFFUSERS)
+    lines = [line.split() for line in str(caught.value).splitlines() if "nearest" in line]
+    assert len(lines) == 40
+    for name, _, nearest in lines:
+        assert name.removeprefix("model.") == nearest.strip(")").removeprefix("model.")
+    assert sum(pairs) <= 1000  # of 350 000
+
+
 def test_every_single_missing_tensor_is_noticed(official):
     target, tensors = official
     for key in tensors:
