@@ -49,9 +49,11 @@ def _check(args):
     out = pathlib.Path(args.out)
     if out.suffix.lower() != ".png":
         raise ConfigError(f"{args.out!r} does not end in .png", "--out")
-    folder = out.parent
-    if folder.exists() and not (folder.is_dir() and os.access(folder, os.W_OK)):
-        raise ConfigError(f"cannot write into {folder}", "--out")
+    # Missing directories are made later, so what counts is the nearest one that is there. lexists:
+    # where a link leads nowhere, no directory can be made.
+    folder = next(p for p in out.absolute().parents if os.path.lexists(p))
+    if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+        raise ConfigError(f"cannot write into {folder}", "--out", "name a writable directory")
     if out.is_dir():
         raise ConfigError(f"{out} is a directory", "--out")
     if not 1 <= args.num_images <= MAX_IMAGES:

@@ -1,7 +1,8 @@
 """`python -m eval --config=configs/X.py[:variant] --workdir=RUN`: the figures of a finished run.
 
 Compares the student with its teacher (or measures a teacher alone) on held-out prompts and writes
-RUN/eval/report.md, report.json and the pictures. A stopped evaluation goes on where it was.
+RUN/eval/report.md, report.json and the pictures. A stopped evaluation goes on where it was. Of a
+config with stages the last one is evaluated (RUN/teacher/export of configs/pixart.py).
 """
 
 from absl import flags
@@ -21,7 +22,9 @@ STEPS = flags.DEFINE_list("steps", ["1", "2", "4", "8"], "Student's steps.")
 REFERENCE = flags.DEFINE_integer("reference_steps", 50, "Guided steps of the teacher at its best.")
 GUIDANCE = flags.DEFINE_float("guidance_scale", None, "Teacher's; default 1 + the config's omega.")
 TEACHER = flags.DEFINE_string("teacher", None, "Pipeline directory; default: the config's.")
-STUDENT = flags.DEFINE_string("student", None, "Pipeline directory; default: RUN/export.")
+STUDENT = flags.DEFINE_string(
+    "student", None, "Pipeline directory; default: RUN/export, if RUN distilled a teacher."
+)
 BATCH = flags.DEFINE_integer("batch_size", None, "Pictures drawn at once.", lower_bound=1)
 
 

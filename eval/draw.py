@@ -50,15 +50,14 @@ def _round_trip(module, params, images):
     return module.apply({"params": params}, mean, method="decode")
 
 
-def round_trip(pipe, batch_size=64):
-    """`f(uint8 images) -> uint8 images`: through the pipeline's VAE, the ceiling of its samples."""
-    vae = pipe.components["vae"]
+def round_trip(module, params, batch_size=64):
+    """`f(uint8 images) -> uint8 images`: through a VAE, the ceiling of its pipeline's samples."""
 
     def through(images):
         out = []
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size].astype(np.float32) / 127.5 - 1
-            out.append(to_uint8(np.asarray(_round_trip(vae.module, vae.params, batch)) / 2 + 0.5))
+            out.append(to_uint8(np.asarray(_round_trip(module, params, batch)) / 2 + 0.5))
         return np.concatenate(out)
 
     return through

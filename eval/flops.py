@@ -13,13 +13,15 @@ from cnxs_jax.errors import DataError
 HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z\-]*)\((.*)$")
 ARRAY = re.compile(r"[a-z]+[0-9a-z]*\[([0-9,]*)\]")
+LIBRARY = re.compile(r"cublas|cudnn|onednn|matmul", re.IGNORECASE)
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
 def count(compiled):
     """FLOPs of one run of `jax.jit(f).lower(...).compile()`.
 
-    Raises DataError for a loop whose number of trips XLA does not know.
+    Raises DataError for what cannot be counted: a loop whose number of trips XLA does not know, a
+    product that XLA hands to a library (cuBLAS, cuDNN, oneDNN).
     """
     return count_text(compiled.as_text())
 
@@ -111,6 +113,15 @@ def call(shape, operands, text, total):
     return total(attribute(text, "calls" if "calls=" in text else "to_apply"))
 
 
+def library(shape, operands, text, total):
+    """Products inside a call of a library are refused, so that a count is never too small."""
+    target = re.search(r'custom_call_target="([^"]*)"', text)
+    if target and LIBRARY.search(target[1]):
+        fix = "compile with XLA's own kernels, or use a closed form"
+        raise DataError(f"products inside {target[1]}", "eval.flops", fix)
+    return 0
+
+
 def branch(shape, operands, text, total):
     """The dearest branch."""
     listed = re.search(r"branch_computations=\{([^}]*)\}", text)
@@ -124,5 +135,5 @@ def branch(shape, operands, text, total):
 
 COSTS = {
     "dot": dot, "convolution": convolution, "while": loop, "fusion": call, "call": call,
-    "conditional": branch,
+    "conditional": branch, "custom-call": library,
 }  # fmt: skip

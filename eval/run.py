@@ -10,7 +10,7 @@ from pathlib import Path
 import cnxs_jax
 from cnxs_jax import precision
 from cnxs_jax.errors import ConfigError, DataError, did_you_mean
-from eval import pictures, plan, report
+from eval import pictures, plan, recipe, report
 from eval.draw import cached, identity, pipeline_generator, round_trip
 from eval.metrics import agreement, features, scene_accuracy
 from eval.metrics.kid import kid
@@ -68,7 +68,7 @@ def evaluate(make, rows, sets, real, metrics=METRICS, read=None, extract=None,
     if not len(real) or "test" not in sets:
         raise DataError("an evaluation needs real scenes and a test set", "eval")
     metrics = check_metrics(metrics)
-    accurate = {"scene_accuracy", "agreement"} & set(metrics)
+    accurate = set(recipe.CHECKED) & set(metrics)
     read = scene_accuracy.load_checker() if accurate and read is None else read
     real_features = extract(real) if extract and "kid" in metrics else None
     tools = (read if accurate else None, extract, real, real_features)
@@ -191,24 +191,15 @@ def notes(num_prompts, num_real, guidance_scale):
     return out
 
 
-def directories(config, workdir, teacher=None, student=None):
-    """{"teacher": directory, "student": directory}; no student where the run trained a teacher."""
-    assets = Path(cnxs_jax.__file__).parent / "assets"
-    export = str(Path(workdir) / "export")
-    if teacher is None and config.get("teacher_path"):
-        teacher = config.teacher_path.replace("{assets}", str(assets))
-        teacher = teacher.replace("{workdir}", str(workdir))
-        student = student or export
-    found = {"teacher": teacher or export, "student": student}
-    return {name: path for name, path in found.items() if path}
-
-
 def main(config, workdir, *, metrics=METRICS, num_prompts=512, num_real=2000, steps=(1, 2, 4, 8),
          reference_steps=50, solvers=tuple(plan.SCHEDULERS), guidance_scale=None, teacher=None,
          student=None, batch_size=None, seed=0, out=None, summary=None):  # fmt: skip
     """Evaluates a run (see `python -m eval --help`) and returns the path of the report.
 
     Args:
+        config: the run's; of one with `stages` the last stage is evaluated. Prompts and real scenes
+            are those of its `data` (source, size, num_concepts), held out of training.
+        workdir: the run's, the one that was given to training.
         out: directory of the report, `workdir`/eval by default. Training's own short report is the
             same call with fewer prompts and `out=workdir`.
         solvers: names in `plan.SCHEDULERS` for the teacher's rows.
@@ -218,19 +209,17 @@ def main(config, workdir, *, metrics=METRICS, num_prompts=512, num_real=2000, st
     Raises:
         ConfigError, DataError, CheckpointError: before any device work where possible.
     """
-    from cnxs_jax.data import emoji_scenes
-
     metrics = check_metrics(metrics)
-    places = directories(config, workdir, teacher, student)
+    places = recipe.directories(config, workdir, teacher, student)
+    config, _ = recipe.last_stage(config, workdir)
+    world, size = recipe.scenes_of(config, metrics)
     rows = plan.rows(steps, reference_steps, "student" in places, solvers)
-    world = emoji_scenes.world()
-    sets = {"test": plan.prompts(world, "test", num_prompts, seed)}
-    held_out = max(num_prompts // 4, 1)
-    for split in ("heldout_pairs", "heldout_relations"):
-        sets[split] = plan.prompts(world, split, held_out, seed)
-    batch_size = batch_size or min(held_out, 64)
-    real = plan.prompts(world, "test", num_real, seed + REAL_SEED).images
     who = {name: identity(path) for name, path in places.items()}
+    held_out = max(num_prompts // 4, 1)
+    numbers = {"test": num_prompts, "heldout_pairs": held_out, "heldout_relations": held_out}
+    sets = {split: plan.prompts(world, split, n, seed, size) for split, n in numbers.items()}
+    batch_size = batch_size or min(held_out, 64)
+    real = plan.prompts(world, "test", num_real, seed + REAL_SEED, size).images
     if guidance_scale is None and "objective" in config and "omega" in config.objective:
         guidance_scale = 1.0 + config.objective.omega  # the (1 + omega) form of the LCM papers
     pipes = {name: cnxs_jax.load_pipeline(path) for name, path in places.items()}
@@ -239,7 +228,8 @@ def main(config, workdir, *, metrics=METRICS, num_prompts=512, num_real=2000, st
     make = cached(generate, out / "eval_rows", [who, guidance_scale], seed)
     wanted = "kid" in metrics and features.weights_path() is not None
     extract = features.extractor() if wanted else None
-    ceilings = {"real scenes through the VAE": round_trip(pipes["teacher"], batch_size)}
+    vae = pipes["teacher"].components["vae"]
+    ceilings = {"real scenes through the VAE": round_trip(vae.module, vae.params, batch_size)}
     with precision.matmul(config.get("matmul_precision")):
         table = evaluate(make, rows, sets, real, metrics, extract=extract, ceilings=ceilings)
     sentences = notes(num_prompts, num_real, guidance_scale)

@@ -1,6 +1,8 @@
 """Slow checks write what they found to docs/results/checks.json: date, commit, command, figures."""
 
+import contextlib
 import datetime
+import fcntl
 import json
 import os
 import pathlib
@@ -12,7 +14,7 @@ LOG = ROOT / "docs" / "results" / "checks.json"
 
 
 def record(name, **figures):
-    """Appends one entry. Figures are numbers or short strings."""
+    """Appends one entry, whole or not at all. Figures are numbers or short strings."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
     )
@@ -24,6 +26,20 @@ def record(name, **figures):
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "figures": figures,
     }
-    entries = json.loads(LOG.read_text()) if LOG.is_file() else []
     LOG.parent.mkdir(parents=True, exist_ok=True)
-    LOG.write_text(json.dumps([*entries, entry], indent=1) + "\n")
+    with locked(LOG.parent):
+        entries = json.loads(LOG.read_text()) if LOG.is_file() else []
+        temporary = LOG.with_name(f".{LOG.name}.tmp")  # a check that is killed leaves the old file
+        temporary.write_text(json.dumps([*entries, entry], indent=1) + "\n")
+        temporary.replace(LOG)
+
+
+@contextlib.contextmanager
+def locked(directory):
+    """One process or thread at a time; the lock is the directory's own, and leaves no file."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

@@ -107,17 +107,22 @@ def text_beside(path):
     file = path.with_suffix(".txt")
     if not file.is_file():
         return None
+    lines = read_text(file).strip().splitlines()
+    return lines[0].strip() if lines else None
+
+
+def read_text(file):
+    """The file's text; DataError if it is not UTF-8."""
     try:
-        lines = file.read_text(encoding="utf-8-sig").strip().splitlines()
+        return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise errors.DataError(f"not UTF-8 text: {error}", str(file), "save it as UTF-8") from None
-    return lines[0].strip() if lines else None
 
 
 def read_metadata(file):
     """{picture's path: caption} of a `metadata.jsonl`; pictures that it names must be there."""
     captions = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(read_text(file).splitlines(), 1):
         if not line.strip():
             continue
         where = f"{file}:{number}"

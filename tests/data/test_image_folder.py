@@ -89,6 +89,10 @@ MISTAKES = {
         lambda d: (d / "below" / "metadata.jsonl").write_text("{oops\n") and d,
         r"metadata.jsonl:1",
     ),
+    "metadata not text": (
+        lambda d: (d / "below" / "metadata.jsonl").write_bytes(b'{"text": "caf\xe9"}\n') and d,
+        "not UTF-8.*metadata.jsonl",
+    ),
     "absent picture": (
         lambda d: (
             (d / "below" / "metadata.jsonl").write_text('{"file_name": "gone.jpg", "text": "x"}')

@@ -70,6 +70,20 @@ def test_a_loop_of_unknown_length_is_refused():
         flops.count(compiled(f, X, W, jnp.array(3)))
 
 
+def test_a_product_inside_a_library_is_refused():
+    hlo = """HloModule m
+
+ENTRY %main (a: f32[8,8]) -> f32[8,8] {{
+  %a = f32[8,8]{{1,0}} parameter(0)
+  ROOT %c = f32[8,8]{{1,0}} custom-call(%a, %a), custom_call_target="{}"
+}}
+"""
+    assert flops.count_text(hlo.format("TopK")) == 0
+    for target in ("__cublas$gemm", "__cudnn$convForward", "__onednn$matmul"):
+        with pytest.raises(DataError, match="products inside"):
+            flops.count_text(hlo.format(target))
+
+
 def test_a_scanned_dit_against_its_closed_form():
     """Two blocks as wide as PixArt-XL/2's; narrower ones are unrolled on a CPU."""
     config = {"num_layers": 2, "num_attention_heads": 16, "attention_head_dim": 72,

@@ -170,13 +170,3 @@ def test_pipelines_are_asked_for_each_rows_solver_and_guidance():
     assert teacher.calls[:6:2] == twice
     assert ("dpmpp", 4, 2, 0.0, "np") in teacher.calls
     assert student.calls == [("own", 4, 2, 0.0, "np")] * 2
-
-
-def test_where_teacher_and_student_are(tmp_path):
-    from ml_collections import ConfigDict
-
-    export = str(tmp_path / "export")
-    assert run.directories({}, tmp_path) == {"teacher": export}
-    found = run.directories(ConfigDict({"teacher_path": "{workdir}/t"}), tmp_path)
-    assert found == {"teacher": f"{tmp_path}/t", "student": export}
-    assert run.directories({}, tmp_path, "a", "b") == {"teacher": "a", "student": "b"}

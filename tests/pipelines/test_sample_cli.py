@@ -1,5 +1,6 @@
 """The sample command: mistakes end early with one message and the documented exit code."""
 
+import os
 import subprocess
 import sys
 import time
@@ -48,10 +49,21 @@ def test_bad_arguments(arguments):
 def test_out_must_be_writable_as_a_file(tmp_path):
     (tmp_path / "dir.png").mkdir()
     (tmp_path / "file").write_text("")
-    for out in (tmp_path / "dir.png", tmp_path / "file" / "x.png"):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for out in ("dir.png", "file/x.png", "file/new/deep/x.png", "link/x.png", "link/new/x.png"):
         with pytest.raises(ConfigError) as caught:
-            sample.parse(["--prompt=a", f"--out={out}"])
+            sample.parse(["--prompt=a", f"--out={tmp_path / out}"])
         assert caught.value.where == "--out"
+    sample.parse(["--prompt=a", f"--out={tmp_path / 'new' / 'deep' / 'x.png'}"])
+    assert not (tmp_path / "new").exists()
+
+
+def test_out_must_not_be_below_a_closed_directory(tmp_path, monkeypatch):
+    """Root may write everywhere, so that the system's answer is replaced."""
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(ConfigError, match="cannot write into") as caught:
+        sample.parse(["--prompt=a", f"--out={tmp_path}/new/x.png"])
+    assert str(tmp_path) in caught.value.what
 
 
 def _run(*arguments):

@@ -1,0 +1,55 @@
+"""What CI runs, with stand-ins for the interpreters: what is missing is skipped, failures count."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+
+import pytest
+
+RUN = pathlib.Path(__file__).parents[1] / ".ci" / "run"
+# `python -m venv DIR` leaves programs that note how they were called; FAILS names one that fails.
+PYTHON = """#!/bin/sh
+[ "$1" = -V ] && exit 0
+mkdir -p "$3/bin"
+for name in pip ruff python; do
+  printf '#!/bin/sh\\necho "called %s $*"\\ncase "%s $*" in "$FAILS"*) exit 1;; esac\\n' \\
+    $name $name > "$3/bin/$name"
+  chmod +x "$3/bin/$name"
+done
+"""
+
+
+@pytest.fixture
+def ci(tmp_path):
+    """`run(versions, fails)`: the script where only these Pythons are installed."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("bash", "sh", "dirname", "mktemp", "rm", "mkdir", "chmod"):
+        (programs / name).symlink_to(shutil.which(name))
+
+    def run(versions, fails="nothing"):
+        for version in versions:
+            (programs / f"python{version}").write_text(PYTHON)
+            (programs / f"python{version}").chmod(0o755)
+        env = {"PATH": str(programs), "HOME": str(tmp_path), "FAILS": fails}
+        env |= {"TMPDIR": os.environ["TMPDIR"]} if "TMPDIR" in os.environ else {}
+        return subprocess.run([programs / "bash", RUN], env=env, capture_output=True, text=True)
+
+    return run
+
+
+def test_missing_interpreters_are_named_and_skipped(ci):
+    done = ci([])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("skipped") == 4
+    done = ci(["3.12"])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("skipped") == 3
+    assert "called python -m pytest" in done.stdout
+
+
+@pytest.mark.parametrize("fails", ["ruff check", "ruff format", "python -m pytest", "pip install"])
+def test_a_failure_fails(ci, fails):
+    assert "called ruff format" in ci(["3.11"]).stdout
+    assert ci(["3.11"], fails).returncode != 0
