@@ -42,7 +42,11 @@ def run_pair(workdir, *flags, variant=""):
 
 @pytest.mark.slow
 def test_a_stage_waits_for_the_export_of_the_one_before(tmp_path):
-    """The second stage opens that file in both processes; the lead writes it for 3 seconds."""
+    """The second stage opens that file in both processes; the lead writes it for 3 seconds.
+
+    Orbax also meets when it opens the next stage's checkpoints; `loop.barrier` does not rely on it
+    (tests/train/test_loop.py sees that it is called).
+    """
     run_pair(tmp_path, variant=":stages")
     assert (tmp_path / "second" / "export" / "params.npz").is_file()
 
