@@ -14,82 +14,22 @@ import json
 import logging
 import os
 import pathlib
+import re
 import shutil
 import sys
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 
 import cnxs_jax
 from cnxs_jax import tree as trees
 from cnxs_jax.errors import CheckpointError, NumericsError
+from cnxs_jax.fingerprint import fingerprint
 
 TRASH = "deleted"  # Orbax renames here before it deletes, so a kill leaves no half-deleted step
 
 for _name in ("absl", "orbax"):
     logging.getLogger(_name).setLevel(logging.ERROR)  # a healthy save writes dozens of lines
-
-
-# --- fingerprints ----------------------------------------------------------------------------
-
-
-def _words(x):
-    """The bits of `x` as uint32, in its own shape."""
-    if x.dtype == jnp.bool_:
-        return x.astype(jnp.uint32)
-    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-    return jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-
-
-def _mix(index, seed):
-    """An odd pseudo-random multiplier for every global index (murmur3's finaliser)."""
-    h = index * jnp.uint32(0x9E3779B1) + jnp.uint32(seed)
-    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
-    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
-    return (h ^ (h >> 16)) | jnp.uint32(1)
-
-
-@jax.jit
-def _digest(x):
-    """`(lane, lane, finite)`: sums of bits times odd multipliers, modulo 2**32.
-
-    A sum of integers does not depend on its order, so the digest is the same on every mesh; an odd
-    multiplier is invertible, so one flipped bit always changes it.
-    """
-    index = jnp.zeros(x.shape, jnp.uint32)
-    for axis, stride in enumerate(np.cumprod((1, *x.shape[:0:-1]))[::-1] if x.ndim else ()):
-        iota = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-        index += iota * jnp.uint32(int(stride) % 2**32)
-    words = _words(x)
-    lanes = [jnp.sum(words * _mix(index, seed), dtype=jnp.uint32) for seed in (1, 0x5BD1E995)]
-    finite = jnp.isfinite(x).all() if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.bool_(True)
-    return *lanes, finite
-
-
-def fingerprint(tree):
-    """{path: [dtype, shape, digest]} of every array, the same on any mesh. Not cryptographic.
-
-    Raises:
-        NumericsError: an array holds NaN or infinity; such a state must not replace a good one.
-    """
-    flat = trees.flatten(tree)
-    digests = jax.device_get({path: _digest(x) for path, x in flat.items()})
-    bad = [path for path, (_, _, finite) in digests.items() if not finite]
-    if bad:
-        raise NumericsError(
-            f"{len(bad)} of {len(flat)} arrays hold NaN or infinity, first {bad[0]!r}",
-            "train state",
-            "the last good checkpoint is untouched; lower the learning rate and go on from it",
-        )
-    return {
-        path: [str(x.dtype), list(x.shape), f"{digests[path][0]:08x}{digests[path][1]:08x}"]
-        for path, x in flat.items()
-    }
-
-
-# --- a run's directory -----------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -128,12 +68,49 @@ def saved_steps(directory):
 
 
 def _seal(data, meta):
-    text = json.dumps([data, meta], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(json.dumps([data, meta], sort_keys=True).encode()).hexdigest()
 
 
 class _Damaged(Exception):
     """A step that cannot be trusted."""
+
+
+# What TensorStore's errors begin with, or hold, when not the files are to blame.
+_STATUS = re.compile(
+    r"^(RESOURCE_EXHAUSTED|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|UNKNOWN"
+    r"|PERMISSION_DENIED|UNAUTHENTICATED)\b|\[OS error \d+: (?!ENOENT|ENOTDIR|EISDIR)"
+)
+_FILES = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+
+
+def _chain(error):
+    """`error`, what caused it, and so on: Orbax wraps what TensorStore raises."""
+    found = []
+    while error is not None and error not in found:
+        found.append(error)
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return found
+
+
+def _blames_files(error):
+    """Whether an error while reading means files that are damaged or missing.
+
+    Memory, devices, rights and file systems that answer with another error may be well again
+    tomorrow, and the step with them.
+    """
+    machine = (MemoryError, jax.errors.JaxRuntimeError)
+    return not any(
+        isinstance(e, machine)
+        or (isinstance(e, OSError) and not isinstance(e, _FILES))
+        or _STATUS.search(str(e))
+        for e in _chain(error)
+    )
+
+
+def _first_line(error):
+    error = _chain(error)[-1]  # Orbax says where, its cause says what
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:500]}" if lines else type(error).__name__
 
 
 class Checkpoints:
@@ -141,8 +118,7 @@ class Checkpoints:
 
     Args:
         directory: created if missing.
-        max_to_keep: the newest steps that are kept, at least 2 so that there is one to fall back
-            on.
+        max_to_keep: the newest steps that are kept, at least 2: one to fall back on.
         resume: whether steps that are there already may be used.
 
     Raises:
@@ -211,7 +187,8 @@ class Checkpoints:
             check: called with the stored meta; raises if the run is not this one.
 
         Raises:
-            CheckpointError: a step of another model, or no step that verifies.
+            CheckpointError: a step of another model, a step that cannot be read although nothing
+                says that it is damaged (memory, rights, file system), or no step that verifies.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
@@ -236,37 +213,44 @@ class Checkpoints:
             check(meta)
         _compare_leaves(meta["fingerprint"], abstract, self.directory / str(step))
         flat = trees.flatten(abstract)
-        try:
+        with self._reading(step):
             args = ocp.args.Composite(state=ocp.args.StandardRestore(flat))
             restored = self._manager.restore(step, args=args)["state"]
             state = jax.tree.unflatten(
                 jax.tree.structure(abstract), [restored[path] for path in flat]
             )
             prints = fingerprint(state)
-        except PermissionError as error:
-            raise CheckpointError(f"cannot read: {error}", self.directory / str(step)) from None
-        except NumericsError:
-            raise _Damaged("arrays hold NaN or infinity that were not saved") from None
-        except Exception as error:  # whatever Orbax and TensorStore raise on damaged files
-            raise _Damaged(f"unreadable: {str(error).strip().splitlines()[0][:200]}") from error
         wrong = [path for path, value in prints.items() if value != meta["fingerprint"][path]]
         if wrong:
             raise _Damaged(f"{len(wrong)} arrays differ from their fingerprint, first {wrong[0]!r}")
         return state, data, meta
 
     def _read_meta(self, step):
-        try:
+        with self._reading(step):
             args = ocp.args.Composite(data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore())
             items = self._manager.restore(step, args=args)
             data, meta = items["data"]["data"], items["meta"]["meta"]
             sealed = items["meta"]["seal"] == _seal(data, meta)
-        except PermissionError as error:
-            raise CheckpointError(f"cannot read: {error}", self.directory / str(step)) from None
-        except Exception as error:
-            raise _Damaged(f"unreadable: {str(error).strip().splitlines()[:1]}") from error
         if not sealed:
             raise _Damaged("the data position or the configuration was changed on disk")
         return data, meta
+
+    @contextlib.contextmanager
+    def _reading(self, step):
+        """Tells a damaged step from a machine that cannot read it now."""
+        try:
+            yield
+        except NumericsError:
+            raise _Damaged("arrays hold NaN or infinity that were not saved") from None
+        except Exception as error:  # whatever Orbax and TensorStore raise
+            if _blames_files(error):
+                raise _Damaged(f"unreadable: {_first_line(error)}") from error
+            raise CheckpointError(
+                f"cannot read: {_first_line(error)}",
+                self.directory / str(step),
+                "the step was left as it is: mend the memory, the rights or the file system, "
+                "then start again with --resume",
+            ) from error
 
     def _quarantine(self, step, reason):
         bad = self.directory / str(step)
@@ -324,7 +308,7 @@ class Checkpoints:
             self._last = None
             free = shutil.disk_usage(self.directory).free
             raise CheckpointError(
-                f"saving step {step} failed: {str(error).strip().splitlines()[0][:300]}",
+                f"saving step {step} failed: {_first_line(error)}",
                 f"{self.directory}, {free / 2**20:.0f} MiB free",
                 "the steps before it are intact; free some space and start again with --resume",
             ) from error

@@ -16,10 +16,19 @@ FASTER = 1.5  # "auto" gives up digits for no less
 SIDE, TRIES = 1024, 3
 
 
+def resolve(name):
+    """What "auto" is on this machine, "bfloat16" or None (JAX's default); other names stay.
+
+    The answer depends on a clock, so a run asks once and keeps it: see `train.loop.Fit`.
+    """
+    if name == "auto":
+        return "bfloat16" if bfloat16_is_faster() else None
+    return name
+
+
 def matmul(name):
     """A context in which functions are traced with this precision; None leaves JAX's default."""
-    if name == "auto":
-        name = "bfloat16" if bfloat16_is_faster() else None
+    name = resolve(name)
     return contextlib.nullcontext() if name is None else jax.default_matmul_precision(name)
 
 
@@ -27,9 +36,10 @@ def matmul(name):
 def bfloat16_is_faster():
     """Whether this CPU multiplies bfloat16 much faster than float32; False on other backends.
 
-    Those have their own defaults (a TPU takes bfloat16 anyway).
+    Those have their own defaults (a TPU takes bfloat16 anyway). False with several processes, too:
+    their clocks may disagree, and all must run the same program.
     """
-    if jax.default_backend() != "cpu":
+    if jax.default_backend() != "cpu" or jax.process_count() > 1:
         return False
     return _seconds(jnp.float32) > FASTER * _seconds(jnp.bfloat16)
 

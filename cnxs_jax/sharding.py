@@ -190,13 +190,24 @@ def abstract(shapes, placed):
     )
 
 
-def whole(tree):
-    """`tree` with every array whole in this process; all processes must call it together."""
+def whole(tree, keep=True):
+    """`tree` with every array whole in this process; all processes must call it together.
+
+    Arrays that are whole everywhere already are not moved. Without `keep` the result is None, and
+    no more than one gathered array is held at a time.
+    """
     if jax.process_count() == 1:
         return tree
     from jax.experimental import multihost_utils
 
-    return multihost_utils.process_allgather(tree, tiled=True)
+    def gather(x):
+        if x.is_fully_replicated:
+            return x.addressable_data(0)
+        x = multihost_utils.process_allgather(x, tiled=True)
+        return x if keep else None
+
+    gathered = jax.tree.map(gather, tree)
+    return gathered if keep else None
 
 
 def constrain(x, *spec):

@@ -1,5 +1,7 @@
 """Checkpoints: exact round trips, other meshes, damage of every kind, refusals."""
 
+import errno
+import itertools
 import json
 import pathlib
 import random
@@ -8,9 +10,10 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
-from cnxs_jax import checkpoint, sharding
+from cnxs_jax import checkpoint, fingerprint, sharding
 from cnxs_jax.errors import CheckpointError, NumericsError
 from tests import checks
 
@@ -71,27 +74,27 @@ def test_round_trip_is_exact(tmp_path):
 
 def test_fingerprint_is_the_same_on_every_mesh():
     state = make_state()
-    prints = checkpoint.fingerprint(state)
+    prints = fingerprint.fingerprint(state)
     mesh = sharding.make_mesh({"data": 2, "fsdp": 4})
     rules = ((r"kernel", ("data", "fsdp")), (r"half", ("fsdp", "data")))
     placed = jax.device_put(state, sharding.shardings(state, mesh, rules))
     assert not placed["kernel"].sharding.is_fully_replicated
-    assert checkpoint.fingerprint(placed) == prints
+    assert fingerprint.fingerprint(placed) == prints
     assert len({p[2] for p in prints.values()}) == len(prints)
 
 
 def test_fingerprint_sees_swaps_transpositions_and_single_bits():
     x = jax.random.normal(jax.random.key(0), (6, 6))
-    base = checkpoint.fingerprint({"x": x})["x"]
+    base = fingerprint.fingerprint({"x": x})["x"]
     swapped = x.at[0, 0].set(x[5, 1]).at[5, 1].set(x[0, 0])
-    assert checkpoint.fingerprint({"x": swapped})["x"] != base
-    assert checkpoint.fingerprint({"x": x.T})["x"] != base
+    assert fingerprint.fingerprint({"x": swapped})["x"] != base
+    assert fingerprint.fingerprint({"x": x.T})["x"] != base
     words = np.asarray(x).view(np.uint32)
     for bit in range(0, 32, 3):
         for place in range(36):
             flipped = words.copy()
             flipped.flat[place] ^= np.uint32(1 << bit)
-            lanes = checkpoint._digest(jnp.asarray(flipped.view(np.float32)))
+            lanes = fingerprint._digest(jnp.asarray(flipped.view(np.float32)))
             assert f"{lanes[0]:08x}{lanes[1]:08x}" != base[2]
 
 
@@ -202,6 +205,75 @@ def test_when_every_step_is_damaged_it_says_so(tmp_path):
         damage_truncate(tmp_path / str(step))
     with pytest.raises(CheckpointError, match="none of the 2 steps"):
         read(tmp_path)
+
+
+MACHINE = (
+    MemoryError(),
+    OSError(errno.EIO, "Input/output error"),
+    OSError(errno.ESTALE, "Stale file handle"),
+    PermissionError(errno.EACCES, "Permission denied"),
+    TimeoutError("the file system does not answer"),
+    jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"),
+    ValueError("UNAVAILABLE: Error reading d/0: connection reset"),
+    ValueError("Error reading d/0 [OS error 24: EMFILE Too many open files]"),
+)
+
+
+def refuse(error, number):
+    """A manager's `restore` that raises from its call `number` on."""
+    restore, calls = ocp.CheckpointManager.restore, []
+
+    def restored(self, *args, **kwargs):
+        calls.append(args)
+        if len(calls) < number:
+            return restore(self, *args, **kwargs)
+        try:
+            raise error
+        finally:
+            calls.clear()
+
+    return restored
+
+
+def test_a_machine_that_cannot_read_renames_nothing(tmp_path, monkeypatch, capsys):
+    """Call 1 reads the small files, call 2 the arrays."""
+    write(tmp_path)
+    for error, number in itertools.product(MACHINE, (1, 2)):
+        with monkeypatch.context() as patch:
+            patch.setattr(ocp.CheckpointManager, "restore", refuse(error, number))
+            with pytest.raises(CheckpointError, match="cannot read") as caught:
+                read(tmp_path)
+        assert type(error).__name__ in caught.value.what
+        assert "DAMAGED" not in capsys.readouterr().err
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]
+    assert read(tmp_path)[1] == {"next": 2}
+
+
+def test_an_error_wrapped_in_another_still_blames_the_machine():
+    def wrapped(cause):
+        try:
+            try:
+                raise cause
+            except Exception as error:
+                raise ValueError("restore failed") from error
+        except ValueError as error:
+            return checkpoint._blames_files(error)
+
+    assert not wrapped(MemoryError())
+    assert wrapped(FileNotFoundError(errno.ENOENT, "gone"))
+
+
+def test_files_that_cannot_be_opened_are_left_alone(tmp_path):
+    """A real refusal of the file system (ELOOP), through TensorStore and Orbax."""
+    write(tmp_path)
+    path = max((tmp_path / "2").rglob("d/*"), key=lambda p: p.stat().st_size)
+    kept = path.rename(tmp_path.with_name("kept"))
+    path.symlink_to(path)
+    with pytest.raises(CheckpointError, match="cannot read: ValueError"):
+        read(tmp_path)
+    path.unlink()
+    kept.rename(path)
+    assert_same(read(tmp_path)[0], make_state(2))
 
 
 def test_training_goes_on_after_a_fallback(tmp_path):

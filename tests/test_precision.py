@@ -53,9 +53,12 @@ def test_none_leaves_the_setting_alone():
         assert jax.config.jax_default_matmul_precision == "bfloat16"
 
 
-@pytest.mark.parametrize(("ratio", "expected"), [(1.4, None), (3.0, "bfloat16")])
-def test_auto_follows_the_clock(monkeypatch, ratio, expected):
+@pytest.mark.parametrize(
+    ("ratio", "processes", "expected"), [(1.4, 1, None), (3.0, 1, "bfloat16"), (3.0, 2, None)]
+)
+def test_auto_follows_the_clock_of_one_process(monkeypatch, ratio, processes, expected):
     seconds = {jnp.float32: ratio, jnp.bfloat16: 1.0}
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
     monkeypatch.setattr(precision, "_seconds", seconds.__getitem__)
     precision.bfloat16_is_faster.cache_clear()
     with precision.matmul("auto"):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -90,6 +91,27 @@ def test_batch_rows_lie_on_data_and_fsdp(mesh):
     batch = sharding.put_batch({"x": np.arange(8.0).reshape(8, 1)}, mesh)
     rows = {tuple(np.asarray(s.data).ravel()) for s in batch["x"].addressable_shards}
     assert rows == {(0.0, 1.0), (2.0, 3.0), (4.0, 5.0), (6.0, 7.0)}
+
+
+def test_only_what_is_split_is_gathered(mesh, monkeypatch):
+    split = jax.device_put(np.arange(8.0), sharding.batch_sharding(mesh))
+    tree = {"split": split, "same": jax.device_put(np.arange(3.0), sharding.replicated(mesh))}
+    assert sharding.whole(tree) is tree  # one process has everything
+    gathered = []
+
+    def gather(x, tiled):
+        gathered.append(x)
+        return np.asarray(x)
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "process_allgather", gather)
+    found = sharding.whole(tree)
+    assert [id(x) for x in gathered] == [id(split)]
+    assert found["same"].sharding.device_set == {jax.devices()[0]}
+    for name, value in tree.items():
+        np.testing.assert_array_equal(found[name], value)
+    assert sharding.whole(tree, keep=False) is None
+    assert len(gathered) == 2  # it takes part all the same
 
 
 def test_constrain_acts_under_a_mesh_only(mesh):

@@ -6,7 +6,6 @@ A run's directory: `config.json`, `metrics.jsonl`, TensorBoard events, `checkpoi
 
 import contextlib
 import importlib
-import json
 import pathlib
 import shutil
 from collections.abc import Callable
@@ -15,16 +14,21 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-import cnxs_jax
 from cnxs_jax import checkpoint, precision, sharding
 from cnxs_jax import tree as trees
 from cnxs_jax.errors import ConfigError, Stopped
 from train import optimizer, report, validate
 from train.log import Progress, StopSignal, Writer
 from train.step import init_state, make_step
-
-MAY_CHANGE = ("steps", "log_every", "save_every", "sample_every", "max_to_keep", "mesh", "rules",
-              "resume", "report")  # fmt: skip
+from train.workdir import (
+    OLD_EXPORT,
+    check_same,
+    check_workdir,
+    expand,
+    plain,
+    set_aside,
+    write_json,
+)
 
 
 class Task(NamedTuple):
@@ -57,7 +61,8 @@ def main(config, workdir, resume=False):
     Args:
         config: an ml_collections ConfigDict; `train.validate` lists its keys.
         workdir: new, or the directory of a run to go on with.
-        resume: go on from the newest good checkpoint, if there is one.
+        resume: go on from the newest good checkpoint, if there is one; a finished run goes on if
+            the config has more steps than it had, and its export is replaced.
 
     Raises:
         ConfigError, DataError, CheckpointError, NumericsError: see `cnxs_jax.errors`.
@@ -67,81 +72,19 @@ def main(config, workdir, resume=False):
     resume = resume or config.get("resume", False)
     validate.check(config)
     stages = config.get("stages", ())
-    runs = [(root / name, expand(config[name], root)) for name in stages]
-    runs = runs or [(root, expand(config, root))]
-    for path, run_config in runs:
-        check_workdir(path, run_config, resume)
+    runs = [(root / name, config[name]) for name in stages] or [(root, config)]
+    finished = [check_workdir(path, run_config, root, resume) for path, run_config in runs]
     lead = jax.process_index() == 0
     with checkpoint.lock(root) if lead else contextlib.nullcontext():
         if stages and lead:
             write_json(root / "config.json", plain(config))
-        for path, run_config in runs:
-            if (path / "export").is_dir():
+        for (path, run_config), done in zip(runs, finished, strict=True):
+            if done:
                 print(f"{path.name}: finished before, see {path / 'export'}", flush=True)
             else:
-                run(run_config, path, resume)
+                run(run_config, path, root, resume)
             if lead:
-                report.write(run_config, path)
-
-
-def expand(config, root):
-    """A copy of `config` whose strings have `{workdir}` and `{assets}` filled in."""
-    assets = pathlib.Path(cnxs_jax.__file__).parent / "assets"
-
-    def fill(value):
-        if isinstance(value, str):
-            return value.replace("{workdir}", str(root)).replace("{assets}", str(assets))
-        if isinstance(value, dict):
-            return {k: fill(v) for k, v in value.items()}
-        return type(value)(map(fill, value)) if isinstance(value, list | tuple) else value
-
-    return type(config)(fill(config.to_dict()))
-
-
-def plain(config):
-    """`config` as JSON would give it back."""
-    return json.loads(json.dumps(config.to_dict(), default=str))
-
-
-def write_json(path, value):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-    temporary.replace(path)
-
-
-def check_workdir(path, config, resume):
-    """Refuses a used directory without `resume`, and a resumed one with another config."""
-    steps = checkpoint.saved_steps(path / "checkpoints")
-    if steps and not resume:
-        raise checkpoint.CheckpointError(
-            f"contains steps {steps[0]}..{steps[-1]} of an earlier run",
-            path / "checkpoints",
-            "add --resume to go on with it, or choose another --workdir",
-        )
-    stored = path / "config.json"
-    if steps and stored.is_file():
-        check_same(json.loads(stored.read_text()), config, stored)
-
-
-def check_same(stored, config, where):
-    """Raises ConfigError if what decides the result differs from the stored config."""
-
-    def deciding(value):
-        return trees.flatten({k: v for k, v in value.items() if k not in MAY_CHANGE})
-
-    old, new = deciding(stored), deciding(plain(config))
-    differ = [
-        f"{k}: {old.get(k)!r} then, {new.get(k)!r} now"
-        for k in sorted({*old, *new})
-        if old.get(k) != new.get(k)
-    ]
-    if differ:
-        raise ConfigError(
-            f"the run was started with another configuration: {'; '.join(differ[:5])}",
-            where,
-            "resume it with the same configuration, or choose another --workdir",
-        )
+                report.write(expand(run_config, root), path)
 
 
 def build_task(config):
@@ -150,41 +93,55 @@ def build_task(config):
     return getattr(importlib.import_module(module), function)(config)
 
 
-def run(config, workdir, resume=False):
-    """One stage: build, restore, train, export."""
+def run(config, workdir, root, resume=False):
+    """One stage: build, restore, train, export.
+
+    `config` still has its `{workdir}`, which is `root`, and is stored so: the directory may move.
+    """
     mesh = sharding.make_mesh(config.mesh)
     validate.check_batch(config, sharding.batch_parts(mesh))
     lead = jax.process_index() == 0
-    if lead:
-        write_json(workdir / "config.json", plain(config))
     with (
         jax.set_mesh(mesh),
-        precision.matmul(config.get("matmul_precision")),
         StopSignal() as stop,
         checkpoint.Checkpoints(
-            workdir / "checkpoints", config.get("max_to_keep", 2), resume
+            workdir / "checkpoints", config.get("max_to_keep") or 2, resume
         ) as checkpoints,
     ):
-        task = build_task(config)
-        fit = Fit(config, task, mesh)
+        fit = Fit(config, build_task(expand(config, root)), mesh, root)
         start = fit.restore(checkpoints)
-        with Writer(workdir, start, lead) as writer:
-            fit.train(start, checkpoints, writer, stop)
-        fit.finish(workdir, lead)
+        if lead:
+            set_aside(workdir)
+            write_json(workdir / "config.json", plain(config))
+        with precision.matmul(fit.precision):
+            with Writer(workdir, start, lead) as writer:
+                fit.train(start, checkpoints, writer, stop)
+            fit.finish(workdir, lead)
+    barrier(f"finished {workdir.name}")
+
+
+def barrier(name):
+    """Waits for all processes: the next stage reads what the lead has exported."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
 
 
 class Fit:
     """A task on a mesh: the state, the jitted functions and the loop over them."""
 
-    def __init__(self, config, task, mesh):
-        self.config, self.task, self.mesh = config, task, mesh
-        self.rules = tuple((p, tuple(s)) for p, s in config.get("rules", ()))
+    def __init__(self, config, task, mesh, root):
+        self.config, self.mesh, self.root = config, mesh, root
+        self.rules = tuple((p, tuple(s)) for p, s in config.get("rules") or ())
         self.frozen = self.place(task.frozen)
         self.encoders = self.place(task.encoders)
         key_init, self.key_encode, self.key_step = jax.random.split(jax.random.key(config.seed), 3)
         tx = optimizer.make_optimizer(config.optimizer, config.steps)
         self.make, self.arguments = self.initial(task.params, tx, key_init)
         shapes = jax.eval_shape(self.make, *self.arguments)
+        # What is placed is not kept a second time where the task made it.
+        self.task = task._replace(params=None, frozen=None, encoders=None)
         self.placed = sharding.shardings(shapes, mesh, self.rules)
         self.abstract = sharding.abstract(shapes, self.placed)
         step = make_step(
@@ -193,7 +150,7 @@ class Fit:
         whole = sharding.replicated(mesh)
         self.step = jax.jit(step, donate_argnums=0, out_shardings=(self.placed, whole))
         self.encode = jax.jit(task.encode)
-        self.state = None
+        self.state, self.precision = None, None
 
     def place(self, tree):
         """Host or device arrays on the mesh; the rules apply where they match."""
@@ -210,18 +167,32 @@ class Fit:
         return lambda given: init_state(given, tx), (self.place(params),)
 
     def restore(self, checkpoints):
-        """Fills `state` from the newest good checkpoint or anew; returns the step to go on from."""
+        """Fills `state` from the newest good checkpoint or anew; returns the step to go on from.
+
+        Also `precision`: "auto" is resolved when a run starts and stays that, to the bit.
+        """
         stored = checkpoints.restore(
-            self.abstract, lambda meta: check_same(meta["config"], self.config, "checkpoint")
+            self.abstract,
+            lambda meta: check_same(meta["config"], self.config, "checkpoint", self.root),
         )
         if stored is None:
-            self.state = jax.jit(self.make, out_shardings=self.placed)(*self.arguments)
+            self.precision = precision.resolve(self.config.get("matmul_precision"))
+            with precision.matmul(self.precision):
+                self.state = jax.jit(self.make, out_shardings=self.placed)(*self.arguments)
             self.arguments = None
             return 0
-        self.state, data, _ = stored
+        self.state, data, meta = stored
         self.arguments = None
+        wanted = self.config.get("matmul_precision")
+        self.precision = precision.resolve(meta.get("matmul_precision", wanted))
         self.task.loader.set_state(data)
         step = int(self.state.step)
+        if step > self.config.steps:
+            raise ConfigError(
+                f"the newest checkpoint is of step {step}, more than steps {self.config.steps}",
+                "config.steps",
+                f"set steps to {step} or more, or choose another --workdir",
+            )
         print(f"resumed at step {step}", flush=True)
         return step
 
@@ -232,7 +203,11 @@ class Fit:
         return self.encode(self.encoders, raw, jax.random.fold_in(self.key_encode, step))
 
     def save(self, step, checkpoints):
-        meta = {"config": plain(self.config), "mesh": dict(self.mesh.shape)}
+        meta = {
+            "config": plain(self.config),
+            "mesh": dict(self.mesh.shape),
+            "matmul_precision": self.precision,
+        }
         checkpoints.save(step, self.state, self.task.loader.get_state(), meta)
 
     def train(self, start, checkpoints, writer, stop):
@@ -270,7 +245,7 @@ class Fit:
         """Writes `export/`, all of it or nothing."""
         if self.task.export is None:
             return
-        parts = sharding.whole((self.state.ema, self.frozen, self.encoders))
+        parts = sharding.whole((self.state.ema, self.frozen, self.encoders), keep=lead)
         if not lead:
             return
         temporary = workdir / "export.tmp"
@@ -278,6 +253,7 @@ class Fit:
         temporary.mkdir(parents=True)
         self.task.export(*parts, temporary)
         temporary.replace(workdir / "export")
+        shutil.rmtree(workdir / OLD_EXPORT, ignore_errors=True)
 
 
 def is_numeric(value):

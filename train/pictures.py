@@ -2,11 +2,22 @@
 
 import numpy as np
 
+from cnxs_jax.errors import NumericsError
+
 
 def to_uint8(x):
-    """[-1, 1] -> uint8, refusing what is not finite (a clamp would make it black)."""
-    if not np.isfinite(x).all():
-        raise FloatingPointError("pictures with NaN or infinity")
+    """[-1, 1] -> uint8.
+
+    Raises:
+        NumericsError: NaN or infinity, which a clamp would make black.
+    """
+    bad = int(np.size(x) - np.isfinite(x).sum())
+    if bad:
+        raise NumericsError(
+            f"{bad} of {np.size(x)} values are NaN or infinity",
+            "pictures",
+            "lower optimizer.learning_rate, then go on from the last checkpoint with --resume",
+        )
     return np.round(np.clip((x + 1.0) * 127.5, 0, 255)).astype(np.uint8)
 
 

@@ -79,7 +79,7 @@ def boolean(value, where):
 
 def patterns(value, where):
     """A sequence of regular expressions."""
-    if isinstance(value, str) or not isinstance(value, list | tuple):
+    if not sequence(value):
         raise ConfigError(f"{value!r} is not a tuple of patterns", where, "write (pattern,)")
     for pattern in value:
         text(pattern, where)
@@ -90,22 +90,43 @@ def patterns(value, where):
 
 
 def mesh(value, where):
-    sharding.check_mesh(dict(value), where=where)
+    if not isinstance(value, dict):
+        raise ConfigError(f"{value!r} is not {{axis: size}}", where, 'write {"data": -1}')
+    sharding.check_mesh(value, where=where)
+
+
+def sequence(value):
+    return isinstance(value, list | tuple)
 
 
 def rules(value, where):
-    """`((pattern, spec), ...)`."""
+    """`((pattern, spec), ...)`; a spec holds axes, tuples of axes and None."""
+    if not sequence(value):
+        raise ConfigError(f"{value!r} is not a tuple of rules", where, "write ((pattern, spec),)")
     for rule in value:
-        if len(rule) != 2 or isinstance(rule[1], str):
+        if not sequence(rule) or len(rule) != 2 or not sequence(rule[1]):
             raise ConfigError(f"{rule!r} is not (pattern, spec)", where, "spec: ('fsdp', 'tensor')")
         patterns((rule[0],), where)
+        for axes in rule[1]:
+            for axis in axes if sequence(axes) else () if axes is None else (axes,):
+                choice(*sharding.AXES)(axis, where)
+
+
+def solvers(value, where):
+    """Names of the report's solvers: a wrong one would show only after the training."""
+    from eval.plan import SCHEDULERS  # evaluation is above training, which needs its names only
+
+    if not sequence(value) or not value:
+        raise ConfigError(f"{value!r} is not a tuple of solvers", where, "write (name,)")
+    for name in value:
+        choice(*SCHEDULERS)(name, where)
 
 
 def integers(length=None, low=1):
     """A tuple of integers."""
 
     def check(value, where):
-        if isinstance(value, str | int) or (length is not None and len(value) != length):
+        if not sequence(value) or (length is not None and len(value) != length):
             raise ConfigError(f"{value!r} is not a tuple of {length or ''} integers", where)
         for item in value:
             integer(low)(item, where)
@@ -117,7 +138,7 @@ def numbers(length):
     """A tuple of numbers."""
 
     def check(value, where):
-        if isinstance(value, str) or not hasattr(value, "__len__") or len(value) != length:
+        if not sequence(value) or len(value) != length:
             raise ConfigError(f"{value!r} is not a tuple of {length} numbers", where)
         for item in value:
             number()(item, where)
@@ -167,7 +188,7 @@ COMMON = {
             "num_real": integer(2),
             "steps": integers(low=1),
             "reference_steps": integer(1),
-            "solvers": Optional(anything),
+            "solvers": Optional(solvers),
             "guidance_scale": Optional(number(0)),
         }
     ),
@@ -185,6 +206,8 @@ def check(config):
     if stages is None:
         check_stage(values, "config")
         return
+    if not sequence(stages):
+        raise ConfigError(f"{stages!r} is not a tuple of stages", "config.stages")
     missing = [name for name in stages if not isinstance(values.get(name), dict)]
     if missing or not stages:
         raise ConfigError(f"config.stages names {missing or 'nothing'}", "config.stages")
@@ -247,7 +270,7 @@ def conflicts(values, where):
     """What single keys cannot show."""
     steps, batch, parts = values["steps"], values["batch_size"], values["grad_accum"]
     optim = values["optimizer"]
-    if optim.get("warmup_steps", 0) > steps:
+    if (optim.get("warmup_steps") or 0) > steps:
         raise ConfigError(
             f"warmup_steps {optim['warmup_steps']} is more than steps {steps}",
             f"{where}.optimizer.warmup_steps",

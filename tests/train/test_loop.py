@@ -1,18 +1,23 @@
 """The loop: resume to the bit, signals, refusals, files. The toy task trains in seconds."""
 
+import gc
 import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import weakref
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cnxs_jax import checkpoint
+from cnxs_jax import checkpoint, precision, sharding
 from cnxs_jax.errors import CheckpointError, ConfigError, NumericsError
 from tests import checks
 from tests.train import toy
@@ -28,8 +33,17 @@ def losses(workdir):
 def final_prints(workdir):
     """Fingerprints of the newest step as saved."""
     step = checkpoint.saved_steps(workdir / "checkpoints")[-1]
+    return step, meta_of(workdir, step)["fingerprint"]
+
+
+def meta_of(workdir, step):
     text = (workdir / "checkpoints" / str(step) / "meta" / "metadata").read_text()
-    return step, json.loads(text)["meta"]["fingerprint"]
+    return json.loads(text)["meta"]
+
+
+def exported(workdir):
+    with np.load(workdir / "export" / "params.npz") as file:
+        return float(file["gain"])
 
 
 @pytest.fixture(scope="module")
@@ -54,17 +68,15 @@ def test_a_run_leaves_its_files(whole):
 
 def test_resume_is_exact_to_the_bit(whole, tmp_path):
     loop.main(toy.config(steps=7), tmp_path)
-    (tmp_path / "export" / "params.npz").unlink()
-    (tmp_path / "export").rmdir()
     loop.main(toy.config(), tmp_path, resume=True)
     assert losses(tmp_path) == losses(whole)
     assert final_prints(tmp_path) == final_prints(whole)
+    assert exported(tmp_path) == exported(whole)  # the export of 7 steps is replaced
+    assert not (tmp_path / loop.OLD_EXPORT).exists()
 
 
 def test_resume_on_another_mesh_agrees(whole, tmp_path):
     loop.main(toy.config(steps=10, mesh={"data": 2, "fsdp": 4}, rules=RULES), tmp_path)
-    (tmp_path / "export" / "params.npz").unlink()
-    (tmp_path / "export").rmdir()
     loop.main(toy.config(), tmp_path, resume=True)
     mine, reference = losses(tmp_path), losses(whole)
     assert mine.keys() == reference.keys()
@@ -106,16 +118,134 @@ def test_an_indivisible_batch_is_refused_before_building(tmp_path):
         loop.main(toy.config(batch_size=12), tmp_path)
 
 
-def test_stages_run_in_order_and_see_each_other(tmp_path):
-    from ml_collections import ConfigDict
+def copy_of(whole, tmp_path):
+    return pathlib.Path(shutil.copytree(whole, tmp_path / "copy"))
 
-    first, second = toy.config(steps=2, name="first"), toy.config(steps=3, name="{workdir}/first")
-    config = ConfigDict({"stages": ("first", "second"), "first": first, "second": second})
+
+def test_a_finished_run_is_not_cut_short(whole):
+    with pytest.raises(ConfigError, match="finished after 20 steps, more than steps 10"):
+        loop.main(toy.config(steps=10), whole, resume=True)
+
+
+def test_a_finished_run_without_checkpoints(whole, tmp_path, capsys):
+    """It is still finished, still another config's, and cannot go on."""
+    workdir = copy_of(whole, tmp_path)
+    shutil.rmtree(workdir / "checkpoints")
+    loop.main(toy.config(), workdir)
+    assert "finished before" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="seed: 0 then, 1 now"):
+        loop.main(toy.config(seed=1), workdir)
+    with pytest.raises(CheckpointError, match="no checkpoint to go on from 20 to 30"):
+        loop.main(toy.config(steps=30), workdir)
+    assert exported(workdir) == exported(whole)
+
+
+def test_an_extension_that_is_killed_is_not_finished(whole, tmp_path, monkeypatch, capsys):
+    """Neither the old export nor the old report passes for those of more steps."""
+    workdir = copy_of(whole, tmp_path)
+    (workdir / "report.md").write_text("20 steps")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Fit, "finish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            loop.main(toy.config(steps=23), workdir, resume=True)
+    assert checkpoint.saved_steps(workdir / "checkpoints")[-1] == 23
+    assert not (workdir / "report.md").exists()
+    loop.main(toy.config(steps=23), workdir, resume=True)
+    assert "finished before" not in capsys.readouterr().out
+    assert exported(workdir) != exported(whole)
+    assert not (workdir / loop.OLD_EXPORT).exists()
+
+
+def test_a_checkpoint_of_more_steps_is_refused(whole, tmp_path):
+    workdir = copy_of(whole, tmp_path)
+    shutil.rmtree(workdir / "export")
+    with pytest.raises(ConfigError, match="of step 20, more than steps 12"):
+        loop.main(toy.config(steps=12), workdir, resume=True)
+
+
+def test_auto_precision_is_resolved_once_a_run(tmp_path, monkeypatch):
+    """Whatever the clock says when the run goes on."""
+    traced, denoise = [], toy.denoise
+
+    def spy(*args):
+        traced.append(jax.config.jax_default_matmul_precision)
+        return denoise(*args)
+
+    monkeypatch.setattr(toy, "denoise", spy)
+    for steps, faster in ((2, True), (4, False)):
+        monkeypatch.setattr(precision, "bfloat16_is_faster", lambda faster=faster: faster)
+        traced.clear()
+        config = toy.config(steps=steps, matmul_precision="auto", mesh={"data": 8})
+        loop.main(config, tmp_path, resume=True)
+        assert set(traced) == {"bfloat16"}
+        assert meta_of(tmp_path, steps)["matmul_precision"] == "bfloat16"
+
+
+def test_what_is_placed_is_not_kept_a_second_time():
+    config = toy.config()
+    task = toy.build(config)
+    given = {name: jnp.ones(3) for name in ("params", "frozen", "encoders")}
+    references = [weakref.ref(x) for x in given.values()]
+    task = task._replace(**{name: {"w": x} for name, x in given.items()})
+    mesh = sharding.make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        fit = loop.Fit(config, task, mesh, pathlib.Path("/"))
+    del task, given
+    gc.collect()
+    assert [reference() for reference in references] == [None, None, None]
+    np.testing.assert_array_equal(fit.frozen["w"], np.ones(3))
+    np.testing.assert_array_equal(fit.encoders["w"], np.ones(3))
+
+
+@pytest.fixture(scope="module")
+def staged(tmp_path_factory):
+    root = tmp_path_factory.mktemp("staged")
+    config = toy.stages()
+    config.first.toy.export_seconds = 0.0
+    loop.main(config, root)
+    return root, config
+
+
+def test_stages_run_in_order_and_see_each_other(staged):
+    """`toy.reads` of the second is the first one's export, found below the workdir."""
+    root, _ = staged
+    stored = json.loads((root / "second" / "config.json").read_text())
+    assert stored["toy"]["reads"] == "{workdir}/first/export/params.npz"
+    assert len(losses(root / "first")) == len(losses(root / "second")) == 5
+
+
+def test_a_moved_workdir_goes_on(staged, tmp_path):
+    root, config = staged
+    moved = pathlib.Path(shutil.copytree(root, tmp_path / "moved"))
+    hidden = root.rename(root.with_name("hidden"))
+    try:
+        config.second.steps = 7
+        loop.main(config, moved, resume=True)
+    finally:
+        hidden.rename(root)
+        config.second.steps = 5
+    assert len(losses(moved / "second")) == 7
+    assert len(losses(moved / "first")) == 5
+
+
+def test_a_config_stored_with_its_paths_filled_in_is_the_same(staged, tmp_path):
+    """As runs were stored before, in the same place."""
+    root, config = staged
+    old = loop.plain(loop.expand(config.second, root))
+    assert str(root) in old["toy"]["reads"]
+    loop.check_same(old, config.second, "config.json", root)
+    with pytest.raises(ConfigError, match="toy/reads"):
+        loop.check_same(old, config.second, "config.json", tmp_path)
+
+
+def test_processes_meet_after_every_stage(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(loop.Fit, "finish", lambda *_: seen.append("export"))
+    monkeypatch.setattr(loop, "barrier", seen.append)
+    config = toy.stages()
+    del config.second.toy.reads
     loop.main(config, tmp_path)
-    stored = json.loads((tmp_path / "second" / "config.json").read_text())
-    assert stored["name"] == f"{tmp_path}/first"
-    assert len(losses(tmp_path / "first")) == 2
-    assert len(losses(tmp_path / "second")) == 3
+    assert seen == ["export", "finished first", "export", "finished second"]
 
 
 # --- other processes -------------------------------------------------------------------------

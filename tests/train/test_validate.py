@@ -6,6 +6,7 @@ import time
 
 import jax
 import pytest
+from ml_collections import ConfigDict
 
 import configs.pixart
 import configs.pixart_lcm
@@ -16,6 +17,7 @@ from train import validate
 # (recipe, key, value, a word of the message)
 TEACHER, VAE, LCM, TOY = "teacher", "vae", "lcm", "toy"
 NAN, INF = float("nan"), float("inf")
+REPORT = {"num_prompts": 4, "num_real": 4, "steps": (1, 2), "reference_steps": 5}
 BAD = [
     (TOY, "steps", 0, "steps"),
     (TOY, "steps", -5, "-5"),
@@ -48,6 +50,15 @@ BAD = [
     (TOY, "mesh", {"data": 3}, "15 and 18"),
     (TOY, "rules", (("kernel", "fsdp"),), "(pattern, spec)"),
     (TOY, "rules", (("(", ("fsdp",)),), "regular expression"),
+    (TOY, "rules", 5, "tuple of rules"),
+    (TOY, "rules", (5,), "(pattern, spec)"),
+    (TOY, "rules", (("kernel", 5),), "(pattern, spec)"),
+    (TOY, "rules", (("kernel", (None, 5)),), "unknown value 5"),
+    (TOY, "rules", (("kernel", (("data", "fsd"),)),), 'Did you mean "fsdp"'),
+    (TOY, "mesh", 8, "axis: size"),
+    (TOY, "report", {**REPORT, "solvers": ("DDPM",)}, 'Did you mean "DDIM"'),
+    (TOY, "report", {**REPORT, "solvers": "DDIM"}, "tuple of solvers"),
+    (TOY, "report", {**REPORT, "steps": 4.5}, "tuple of"),
     (TOY, "freeze", "vae/.*", "write (pattern,)"),
     (TOY, "freeze", ("*",), "regular expression"),
     (TOY, "optimizer.name", "adamww", 'Did you mean "adamw"'),
@@ -170,8 +181,19 @@ def test_unknown_variant_is_named():
             module.get_config("tny")
 
 
+def test_what_is_right_passes():
+    """The counterparts of the bad rules, solvers and warm-ups."""
+    values = recipe(TOY)
+    values["rules"] = (("kernel", (None, ("data", "fsdp"))), ("bias", ["tensor"]))
+    values["report"] = {**REPORT, "solvers": ("DDIM", "DPM-Solver++")}
+    values["optimizer"]["warmup_steps"] = None
+    validate.check_stage(values, "config")
+
+
 def test_stages_must_exist():
     config = configs.pixart.get_config()
+    with pytest.raises(ConfigError, match="5 is not a tuple of stages"):
+        validate.check(ConfigDict({"stages": 5}))
     config.stages = ("vae", "teachr")
     with pytest.raises(ConfigError, match="teachr"):
         validate.check(config)

@@ -1,5 +1,8 @@
 """A task small enough to train in a second: a two-layer denoiser of random pictures."""
 
+import pathlib
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +11,16 @@ from cnxs_jax.diffusion import schedule
 from train import objectives, validate
 from train.loop import Task
 
-KEYS = {"build": {"toy": {"width": validate.integer(1), "bad_step": validate.integer(-1)}}}
+KEYS = {
+    "build": {
+        "toy": {
+            "width": validate.integer(1),
+            "bad_step": validate.integer(-1),
+            "reads": validate.Optional(validate.text),
+            "export_seconds": validate.Optional(validate.number(0)),
+        }
+    }
+}
 
 
 class Loader:
@@ -62,11 +74,15 @@ def encode(encoders, raw, key):
     return {"x": raw["x"], "cond": {"hint": raw["hint"]}}
 
 
-def export(ema, frozen, encoders, path):
-    np.savez(path / "params.npz", gain=np.asarray(ema["gain"]))
-
-
 def build(config):
+    """A task; `toy.reads` must be there already, `toy.export_seconds` delays the export."""
+    if config.toy.get("reads"):
+        assert pathlib.Path(config.toy.reads).is_file(), config.toy.reads
+
+    def export(ema, frozen, encoders, path):
+        time.sleep(config.toy.get("export_seconds") or 0)
+        np.savez(path / "params.npz", gain=np.asarray(ema["gain"]))
+
     objective = objectives.denoise(denoise, schedule.linear())
     return Task(
         objective=objective,
@@ -98,5 +114,15 @@ def config(**changes):
     return ConfigDict({**values, **changes})
 
 
-def get_config():
-    return config()
+def stages():
+    """Two runs of which the second reads what the first exports, slowly."""
+    from ml_collections import ConfigDict
+
+    first = config(steps=5, toy={"width": 32, "bad_step": -1, "export_seconds": 3.0})
+    second = config(steps=5)
+    second.toy.reads = "{workdir}/first/export/params.npz"
+    return ConfigDict({"stages": ("first", "second"), "first": first, "second": second})
+
+
+def get_config(variant=""):
+    return stages() if variant == "stages" else config()
