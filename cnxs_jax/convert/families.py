@@ -70,7 +70,7 @@ def pixart_extras(module):
 
 def pixart_control_example(module):
     tokens, modulation = jnp.zeros((1, 1, module.features)), jnp.zeros((1, 6, module.features))
-    return tokens, {"hint": tokens, "kv": None}, modulation, tokens, None
+    return tokens, {"hint": tokens, "kv": None}, (modulation, tokens, None, None)
 
 
 def vae_example(module):

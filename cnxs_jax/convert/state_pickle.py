@@ -60,14 +60,15 @@ class Ref(NamedTuple):
     stride: tuple
 
 
-def unpickle(data, path):
+def unpickle(data, path, reader=None):
     """The content of data.pkl with `Ref`s for tensors. Nothing of the file is executed.
 
-    Raises CheckpointError for whatever is no state dict in plain containers.
+    `reader`: a kind of `Restricted` for another layout. Raises CheckpointError for whatever is no
+    state dict in plain containers.
     """
     check_opcodes(data, path)
     try:
-        return Restricted(io.BytesIO(data), path).load()
+        return (reader or Restricted)(io.BytesIO(data), path).load()
     except CheckpointError:
         raise
     except Exception as error:  # a hostile pickle can make the machine fail in any way it likes

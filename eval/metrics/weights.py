@@ -1,18 +1,18 @@
 """Weight files of the feature networks: the published ones are in PyTorch's format before 1.6.
 
 That format is a row of pickles followed by raw storages. It is read with the restricted reader of
-`cnxs_jax.convert.torch_file`: nothing but tensors in plain containers is built, nothing is run.
+`cnxs_jax.convert.state_pickle`: nothing but tensors in plain containers is built, nothing is run.
 """
 
 import io
 
 import numpy as np
 
-from cnxs_jax.convert import files, torch_file
+from cnxs_jax.convert import files, state_pickle, torch_file
 from cnxs_jax.convert.mapped import DTYPES, fail, is_count
-from cnxs_jax.errors import CheckpointError
 
-PICKLES = ("magic number", "protocol", "system", "tensors", "storage keys")
+MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the first pickle: one number
+PICKLES = ("protocol", "system", "tensors", "storage keys")
 
 
 def read(path):
@@ -36,12 +36,15 @@ def read_legacy(path):
         CheckpointError: a damaged file, or one that asks for anything but tensors.
     """
     with open(path, "rb") as file:
-        head = file.read(torch_file.MAX_PICKLE)
+        head = file.read(state_pickle.MAX_PICKLE)
+    if not head.startswith(MAGIC):
+        raise fail("not a file of torch.save", path)
     stream, found = io.BytesIO(head), {}
+    stream.seek(len(MAGIC))
     for name in PICKLES:
         start = stream.tell()
-        torch_file.check_opcodes(stream, path)
-        found[name] = _unpickle(head[start : stream.tell()], path)
+        state_pickle.check_opcodes(stream, path)
+        found[name] = state_pickle.unpickle(head[start : stream.tell()], path, Legacy)
     system, keys = found["system"], found["storage keys"]
     if not isinstance(system, dict) or not system.get("little_endian") or type(keys) is not list:
         raise fail("not written by torch.save on a little-endian machine", path)
@@ -72,22 +75,13 @@ def fold_batch_norms(tensors, epsilon):
     return folded
 
 
-class _Restricted(torch_file.Restricted):
+class Legacy(state_pickle.Restricted):
     """Storages have one more field here: which part of another one they are, never used."""
 
     def persistent_load(self, pid):
         if not isinstance(pid, tuple) or len(pid) != 6 or pid[-1] is not None:
             raise fail("the pickle refers to something that is no tensor storage", self.path)
         return super().persistent_load(pid[:5])
-
-
-def _unpickle(data, path):
-    try:
-        return _Restricted(io.BytesIO(data), path).load()
-    except CheckpointError:
-        raise
-    except Exception as error:  # a hostile pickle can make the machine fail in any way it likes
-        raise fail(f"damaged pickle: {type(error).__name__} {str(error)[:80]}", path) from None
 
 
 def _storages(mapped, at, keys, refs, path):

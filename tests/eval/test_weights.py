@@ -33,10 +33,10 @@ def test_a_real_file_is_read(published):
 
 
 def test_the_reader_builds_nothing_but_tensors(tmp_path):
-    head = b"".join(pickle.dumps(x, 2) for x in (1, 2, {"little_endian": True}))
+    head = weights.MAGIC + b"".join(pickle.dumps(x, 2) for x in (1001, {"little_endian": True}))
     refused(tmp_path, head + pickle.dumps(os.getcwd, 2), "getcwd")
     refused(tmp_path, head + pickle.dumps({"a": np.zeros(3)}, 2), "numpy")
-    refused(tmp_path, pickle.dumps(os.getcwd, 2), "getcwd")
+    refused(tmp_path, pickle.dumps(os.getcwd, 2), "not a file of torch.save")
     refused(tmp_path, head + pickle.dumps({"a": 1}, 2) + pickle.dumps([], 2), "no tensors")
 
 
