@@ -33,6 +33,7 @@ TEST = [
     "torch==2.13.0",
     "diffusers==0.42.1",
     "accelerate",
+    "peft",
     "efficientnet_lite_pytorch==0.1.0",
     "ftfy",
     "beautifulsoup4",
