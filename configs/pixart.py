@@ -20,7 +20,7 @@ Run:
   python -m train --config=configs/pixart.py --workdir=runs/pixart           # :tiny, shipped
   python -m train --config=configs/pixart.py:smoke --workdir=runs/smoke      # tests the plumbing
   python -m train --config=configs/pixart.py --workdir=runs/pixart --resume  # go on
-On Linux a tenth to a third faster with the allocator kept from giving pages back every step:
+On Linux faster with the allocator kept from giving its pages back in every step:
   GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8000000000:\
 glibc.malloc.trim_threshold=16000000000 python -m train ...
 The result, a diffusers directory, is `runs/pixart/teacher/export`.

@@ -23,9 +23,9 @@ Where this recipe differs from the paper (P) or the released script (S), and why
     caption, so `null = "empty_prompt"` is the default; set "learned" for a teacher converted from
     PixArt's own .pth.
   - clipping at 0.01, Adam's epsilon 1e-10, 100 steps of warm-up: as S; P does not say.
-  - :tiny predicts v (its teacher does), takes omega = 2 (scale 3; at 5.5 the teacher's pictures
-    tear) and learns at 3e-4 with clipping at 1: the published values belong to a network a hundred
-    times larger trained ten times longer.
+  - :tiny predicts v (its teacher does), takes omega = 2 (scale 3; between 2 and 4.5 it
+    finds as many objects) and learns at 3e-4 with clipping at 1: the published values belong to a
+    network a hundred times larger trained ten times longer.
 
 Run:
   python -m train --config=configs/pixart_lcm.py --workdir=runs/lcm

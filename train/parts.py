@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from cnxs_jax import lora
-from cnxs_jax import tree as trees
 from cnxs_jax.convert import lora as lora_files
 from cnxs_jax.convert import pixart
 from cnxs_jax.diffusion import schedule
@@ -97,7 +96,7 @@ def check_fit(dit, vae, text, size, where="config.transformer"):
             f"caption_channels {dit.caption_channels}, the text encoder gives {text.d_model}", where
         )
     step = vae.downsample_factor * dit.patch_size
-    if size is not None and size % step:
+    if size % step:
         raise ConfigError(
             f"{size} px are not a multiple of {step}, VAE and patches together",
             "config.data.size",
@@ -136,7 +135,17 @@ def whole_mask(length):
     return jnp.ones((1, length), jnp.int32)
 
 
-def outputs(config, components, tokenizer, scheduler, options, resolve=None):
+def scheduler_config(config, class_name, **options):
+    """A diffusers scheduler's config for the network that `config` trains."""
+    return {
+        "_class_name": class_name,
+        **schedule.to_config(noise_schedule(config)),
+        "prediction_type": config.objective.prediction,
+        **options,
+    }
+
+
+def outputs(config, components, tokenizer, scheduler, options, resolve):
     """`(sample, export)` of a task whose result is a whole PixArt pipeline.
 
     `resolve` makes the network's parameters of the trained and the frozen ones.
@@ -146,11 +155,8 @@ def outputs(config, components, tokenizer, scheduler, options, resolve=None):
         from cnxs_jax.pipelines.base import Component
         from cnxs_jax.pipelines.pixart import PixArtAlphaPipeline
 
-        if resolve is not None:
-            ema = resolve(ema, frozen)
-        elif jax.tree.leaves(frozen.get("rest", {})):
-            ema = trees.merge(ema, frozen["rest"])
-        parts = {k: Component(*v) for k, v in components(ema, encoders).items()}
+        found = components(resolve(ema, frozen), encoders)
+        parts = {k: Component(*v) for k, v in found.items()}
         null = encoders.get("null")
         return PixArtAlphaPipeline(parts, tokenizer, scheduler, null_text=null)
 

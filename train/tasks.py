@@ -26,6 +26,7 @@ from train.parts import (
     make,
     noise_schedule,
     outputs,
+    scheduler_config,
     sizes_of,
     student_of,
     to_signed,
@@ -265,13 +266,10 @@ def denoiser(config):
         }
 
     noise = noise_schedule(config)
-    scheduler = {
-        "_class_name": "DPMSolverMultistepScheduler",
-        **schedule.to_config(noise),
-        "prediction_type": config.objective.prediction,
-    }
-    sample, export = outputs(config, components, tokenizer, scheduler, {"num_inference_steps": 20})
+    scheduler = scheduler_config(config, "DPMSolverMultistepScheduler")
     frozen, resolve, init = frozen_part(config, init)
+    options = {"num_inference_steps": 20}
+    sample, export = outputs(config, components, tokenizer, scheduler, options, resolve)
     objective = objectives.denoise(run, noise, resolve, **config.objective)
     return Task(objective, init, loader, encode, encoders, frozen, sample, export)
 
@@ -340,16 +338,11 @@ def distill(config):
         }
 
     noise, run = noise_schedule(config), sampling.denoiser(dit)
-    scheduler = {
-        "_class_name": "LCMScheduler",
-        **schedule.to_config(noise),
-        "prediction_type": config.objective.prediction,
-        "original_inference_steps": config.objective.num_ddim_steps,
-    }
+    parts = config.objective.num_ddim_steps
+    scheduler = scheduler_config(config, "LCMScheduler", original_inference_steps=parts)
     trainable, frozen, resolve = student_of(config, teacher)
-    sample, export = outputs(
-        config, components, tokenizer, scheduler, {"num_inference_steps": 4}, resolve
-    )
+    options = {"num_inference_steps": 4}
+    sample, export = outputs(config, components, tokenizer, scheduler, options, resolve)
     if config.get("lora"):
         export = with_adapter_file(export)
     objective = objectives.consistency(run, run, noise, resolve, **config.objective)

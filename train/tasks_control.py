@@ -10,7 +10,7 @@ import numpy as np
 
 from cnxs_jax import control
 from cnxs_jax.control.controlnet_transformer import ControlNetTransformer, from_base
-from cnxs_jax.diffusion import guidance, sampling, schedule, solvers
+from cnxs_jax.diffusion import guidance, sampling, solvers
 from train import inputs, objectives, validate
 from train.loop import Task
 from train.parts import (
@@ -20,6 +20,7 @@ from train.parts import (
     check_scheduler,
     latents,
     noise_schedule,
+    scheduler_config,
     sizes_of,
     to_signed,
 )
@@ -90,7 +91,7 @@ def controller(config):
 
     run, noise = sampling.denoiser(module), noise_schedule(config)
     objective = objectives.denoise(run, noise, objectives.controlled, **config.objective)
-    sample = sampler(config, module, vae, encode, tokenizer, noise)
+    sample = sampler(config, module, vae, encode, tokenizer)
 
     def export(ema, frozen, encoders, path):
         from cnxs_jax.pipelines.load import save_model
@@ -100,17 +101,12 @@ def controller(config):
     return Task(objective, fresh, loader, encode, encoders, {"base": base}, sample, export)
 
 
-def sampler(config, module, vae, encode, tokenizer, noise):
+def sampler(config, module, vae, encode, tokenizer):
     """`sample(ema, frozen, encoders)`: edge maps above the pictures that were drawn with them."""
     shown = inputs.examples(config, 16, ARRAYS)
     raw = {key: shown[key] for key in ARRAYS} | inputs.tokens(config, tokenizer, shown["caption"])
     empty = inputs.tokens(config, tokenizer, [""] * 16)
-    scheduler = {
-        "_class_name": "DPMSolverMultistepScheduler",
-        **schedule.to_config(noise),
-        "prediction_type": config.objective.prediction,
-    }
-    table = solvers.from_config(scheduler, 20)
+    table = solvers.from_config(scheduler_config(config, "DPMSolverMultistepScheduler"), 20)
     scale = config.get("guidance_scale", 4.5)
 
     @jax.jit

@@ -106,8 +106,7 @@ class PixArt(nn.Module):
 
     Reads `text` [B,L,caption_channels], `text_mask` [B,L] and, with micro-conditioning, `size`
     [B,2] (height, width in pixels) and `aspect` [B,1]; painted words as `painting` describes. The
-    first `in_channels` outputs are the
-    prediction, the rest PixArt's learned variance range.
+    first `in_channels` outputs are the prediction, the rest PixArt's learned variance range.
 
     Args:
         sample_size: side of the latents that it was trained on; sets the position table's scale.
