@@ -140,10 +140,11 @@ def model_fields(config):
         "beta_start": 0.00085 if lcm else 1e-4,
         "beta_end": 0.012 if lcm else 0.02,
         "beta_schedule": "scaled_linear" if lcm else "linear",
-        "trained_betas": None,
         "prediction_type": "epsilon",
     }
-    return {name: config.get(name, default) for name, default in defaults.items()}
+    trained = config.get("trained_betas")
+    fields = {name: config.get(name, default) for name, default in defaults.items()}
+    return fields if trained is None else {**fields, "trained_betas": trained}
 
 
 def from_config(config):
@@ -157,7 +158,7 @@ def from_config(config):
     if config.get("rescale_betas_zero_snr"):
         raise ConfigError("zero terminal SNR is not supported", "rescale_betas_zero_snr")
     fields = model_fields(config)
-    if fields["trained_betas"] is not None:
+    if "trained_betas" in fields:
         return from_betas(fields["trained_betas"])
     name, num_steps = fields["beta_schedule"], fields["num_train_timesteps"]
     if name == "squaredcos_cap_v2":

@@ -100,9 +100,9 @@ def _on_each_device(form):
 
     def run(q, k, v, mask, bias, scale):
         mesh = jax.sharding.get_abstract_mesh()
-        if mesh.empty:
+        free = set() if mesh.empty else set(mesh.axis_names) - set(mesh.manual_axes)
+        if not free:  # no mesh, or inside of a `shard_map` already
             return form(q, k, v, mask, bias, scale)
-        free = set(mesh.axis_names) - set(mesh.manual_axes)
         rows = sharding.dividing(mesh, free.intersection(sharding.BATCH), q.shape[0])
         heads = sharding.dividing(mesh, free.intersection({"tensor"}), q.shape[2])
 

@@ -141,7 +141,6 @@ def test_what_a_class_leaves_to_its_defaults_is_written_out():
         "beta_start": 0.00085,
         "beta_end": 0.012,
         "beta_schedule": "scaled_linear",
-        "trained_betas": None,
         "prediction_type": "v_prediction",
     }
     ddim = schedule.model_fields({"_class_name": "DDIMScheduler"})

@@ -16,7 +16,7 @@ import torch
 
 from cnxs_jax.diffusion import sampling, schedule, solvers
 from cnxs_jax.diffusion.scheduler_config import _CLASSES
-from cnxs_jax.pipelines import scheduler
+from cnxs_jax.pipelines import scheduler as schedulers
 
 pytestmark = pytest.mark.parity
 
@@ -262,10 +262,10 @@ def test_left_out_fields_are_the_defaults_of_their_class(name):
 
 
 @pytest.mark.parametrize("stored", CLASSES)
-@pytest.mark.parametrize("wanted", sorted(scheduler.NAMES))
+@pytest.mark.parametrize("wanted", sorted(schedulers.NAMES))
 def test_another_scheduler_keeps_the_noise_schedule_of_the_stored_one(stored, wanted):
     """The stored config says nothing but its class: the model was trained with its defaults."""
-    ours = scheduler.override({"_class_name": stored}, wanted)
+    ours = schedulers.override({"_class_name": stored}, wanted)
     theirs = getattr(diffusers, stored)()
     found = schedule.from_config(ours).alphas_cumprod
     np.testing.assert_allclose(found, theirs.alphas_cumprod.numpy(), rtol=1e-5)

@@ -49,7 +49,7 @@ def mesh_of(spec):
 
 def on(mesh, shapes):
     """Parameters, placed as the loop places them."""
-    return sharding.abstract(shapes, sharding.shardings(shapes, mesh, sharding.MODEL_RULES))
+    return sharding.abstract(shapes, sharding.shardings(shapes, mesh))
 
 
 def batched(mesh, tree):
