@@ -150,8 +150,7 @@ def autoencoder(config):
     shown = inputs.examples(config, 16)["image"]
 
     def sample(ema, frozen, encoders):
-        again = from_signed(reconstruct(ema, to_signed(jnp.asarray(shown))))
-        real = shown / 255.0
+        real, again = shown / 255.0, from_signed(reconstruct(ema, to_signed(jnp.asarray(shown))))
         return tiles(np.concatenate([real[:8], again[:8], real[8:], again[8:]]))
 
     def export(ema, frozen, encoders, path):

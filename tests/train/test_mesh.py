@@ -30,6 +30,7 @@ TASKS = ("denoise", "consistency")
 def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("mesh")
     small.teacher(root)
+    (root / "run").mkdir()  # the workdir, beside its teacher
     return root
 
 
