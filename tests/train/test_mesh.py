@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from cnxs_jax import precision, sharding
 from cnxs_jax import tree as trees
+from cnxs_jax.models import dit
 from tests.train import small
 from train import loop
 
@@ -24,6 +25,14 @@ MESHES = {
     "tensor": {"data": 2, "fsdp": 2, "tensor": 2},
 }
 TASKS = ("denoise", "consistency")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def scanned():
+    """The blocks are scanned as they are on a TPU; a CPU would write a small network out."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dit, "unrolled", lambda *_: 1)
+        yield
 
 
 @pytest.fixture(scope="module")
