@@ -100,8 +100,9 @@ def _on_each_device(form):
 
     def run(q, k, v, mask, bias, scale):
         mesh = jax.sharding.get_abstract_mesh()
-        free = set() if mesh.empty else set(mesh.axis_names) - set(mesh.manual_axes)
-        if not free:  # no mesh, or inside of a `shard_map` already
+        alone = mesh.empty or mesh.size == 1
+        free = set() if alone else set(mesh.axis_names) - set(mesh.manual_axes)
+        if not free:  # one device, or inside of a `shard_map` already
             return form(q, k, v, mask, bias, scale)
         rows = sharding.dividing(mesh, free.intersection(sharding.BATCH), q.shape[0])
         heads = sharding.dividing(mesh, free.intersection({"tensor"}), q.shape[2])

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from cnxs_jax import precision, sharding
 from cnxs_jax import tree as trees
 from cnxs_jax.models import dit
+from tests.pipelines import tiny
 from tests.train import small
 from train import loop
 
@@ -50,6 +51,9 @@ def fit_on(task, root, spec):
     mesh = sharding.make_mesh(spec, jax.devices()[: math.prod(spec.values())])
     with jax.set_mesh(mesh):
         made = loop.build_task(loop.expand(config, root / "run"))
+        if callable(made.params):  # random weights, without compiling the initialisers
+            shapes = jax.eval_shape(made.params, jax.random.key(0))
+            made = made._replace(params=tiny.filled(shapes))
         fit = loop.Fit(config, made, mesh, root)
         fit.restore(SimpleNamespace(restore=lambda *_: None))
     return fit
