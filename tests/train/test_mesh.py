@@ -16,7 +16,7 @@ from cnxs_jax import tree as trees
 from cnxs_jax.models import dit
 from tests.pipelines import tiny
 from tests.train import small
-from train import loop
+from train import loop, validate
 
 pytestmark = pytest.mark.filterwarnings("ignore:caption has")
 
@@ -48,6 +48,7 @@ def fit_on(task, root, spec):
     """The loop's own `Fit` of a recipe on a mesh of simulated devices."""
     config = small.get_config(task)
     config.mesh = spec
+    validate.check(config)
     mesh = sharding.make_mesh(spec, jax.devices()[: math.prod(spec.values())])
     with jax.set_mesh(mesh):
         made = loop.build_task(loop.expand(config, root / "run"))
