@@ -23,14 +23,31 @@ AUTO_FSDP_BYTES = 4 * 2**20  # arrays above this are split although no rule name
 
 # Megatron's layout: the first projection of a pair is split by columns, the second by rows, so
 # that one all-reduce a pair is all the communication that `tensor` needs.
+_COLUMNS, _ROWS, _BIAS = ("fsdp", "tensor"), ("tensor", "fsdp"), ("tensor",)
+# diffusers' transformers: the DiT, the UNets' and their controllers'
 DIT_RULES = (
-    (r"attn[12]/to_[qkv]/kernel", ("fsdp", "tensor")),
-    (r"attn[12]/to_[qkv]/bias", ("tensor",)),
-    (r"attn[12]/to_out_0/kernel", ("tensor", "fsdp")),
-    (r"ff/net_0/proj/kernel", ("fsdp", "tensor")),
-    (r"ff/net_0/proj/bias", ("tensor",)),
-    (r"ff/net_2/kernel", ("tensor", "fsdp")),
+    (r"attn[12]/to_[qkv]/kernel", _COLUMNS),
+    (r"attn[12]/to_[qkv]/bias", _BIAS),
+    (r"attn[12]/to_out_0/kernel", _ROWS),
+    (r"ff/net_0/proj/kernel", _COLUMNS),
+    (r"ff/net_0/proj/bias", _BIAS),
+    (r"ff/net_2/kernel", _ROWS),
 )
+T5_RULES = (
+    (r"SelfAttention/[qkv]/kernel", _COLUMNS),
+    (r"SelfAttention/o/kernel", _ROWS),
+    (r"DenseReluDense/wi(_[01])?/kernel", _COLUMNS),
+    (r"DenseReluDense/wo/kernel", _ROWS),
+)
+CLIP_RULES = (
+    (r"self_attn/[qkv]_proj/kernel", _COLUMNS),
+    (r"self_attn/[qkv]_proj/bias", _BIAS),
+    (r"self_attn/out_proj/kernel", _ROWS),
+    (r"mlp/fc1/kernel", _COLUMNS),
+    (r"mlp/fc1/bias", _BIAS),
+    (r"mlp/fc2/kernel", _ROWS),
+)
+MODEL_RULES = (*DIT_RULES, *T5_RULES, *CLIP_RULES)  # of all families: their names are distinct
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +142,8 @@ def shardings(tree, mesh, rules=(), auto_bytes=AUTO_FSDP_BYTES, strict=True):
         tree: parameters, a train state, or their `jax.eval_shape`.
         rules: ordered `(pattern, spec)`: the first pattern that matches the end of an
             'a/b/kernel' path wins; `spec` names mesh axes (or None) and is right-aligned to the
-            array's rank, so it holds for scanned layers and optimizer moments too.
+            array's rank, so it holds for scanned layers and optimizer moments too. After them come
+            `MODEL_RULES`, so that a network of this library needs none.
         auto_bytes: arrays that no rule matches are split over `fsdp` on their largest divisible
             axis when they are larger than this, else replicated.
         strict: whether a rule that matches nothing is an error.
@@ -146,6 +164,8 @@ def shardings(tree, mesh, rules=(), auto_bytes=AUTO_FSDP_BYTES, strict=True):
                     "sharding rules",
                     f"the axes are {', '.join(mesh.shape)}",
                 )
+
+    rules = (*rules, *MODEL_RULES)
 
     def place(path, leaf):
         itemsize = leaf.dtype.itemsize
@@ -169,10 +189,57 @@ def batch_parts(mesh):
     return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
+def dividing(mesh, axes, size):
+    """Those of `axes`, in the mesh's order, if they divide a dimension of `size`; None if not."""
+    names = tuple(name for name in mesh.axis_names if name in axes)
+    parts = math.prod(mesh.shape[name] for name in names)
+    return names if parts > 1 and size % parts == 0 else None
+
+
+def owned_parts(mesh, process=None):
+    """The parts of a batch (of `batch_parts(mesh)`) that one process's devices hold, ascending.
+
+    Processes share a part where the `tensor` or `expert` axis spans them, and a process's parts
+    need not be neighbours: a host of a TPU slice is a rectangle of it.
+    """
+    process = jax.process_index() if process is None else process
+    sizes = [mesh.shape[axis] if axis in BATCH else 1 for axis in mesh.axis_names]
+    number = np.arange(math.prod(sizes)).reshape(sizes)
+    number = np.broadcast_to(number, mesh.devices.shape)
+    mine = [d.process_index == process for d in mesh.devices.flat]
+    return sorted({int(n) for n in number.ravel()[mine]})
+
+
+def batch_rows(mesh, batch_size, process=None):
+    """The rows of a global batch that one process must feed, ascending.
+
+    Processes that hold the same part get the same rows: they must feed the same examples.
+
+    Raises:
+        ConfigError: the batch does not divide into the mesh's parts.
+    """
+    parts = batch_parts(mesh)
+    if batch_size % parts:
+        what = f"{batch_size} examples do not divide over data x fsdp = {parts}"
+        raise ConfigError(what, "batch_size", f"use a multiple of {parts}")
+    size = batch_size // parts
+    return [part * size + row for part in owned_parts(mesh, process) for row in range(size)]
+
+
 def put_batch(batch, mesh):
-    """A host batch (numpy, this process's rows) as global arrays on the mesh."""
-    sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+    """A host batch (numpy, the rows `batch_rows` of this process) as global arrays on the mesh."""
+    where, parts, owned = batch_sharding(mesh), batch_parts(mesh), owned_parts(mesh)
+
+    def place(x):
+        size = len(x) // len(owned)
+
+        def rows(index):
+            first = owned.index((index[0].start or 0) // size) * size
+            return x[first : first + size]
+
+        return jax.make_array_from_callback((parts * size, *x.shape[1:]), where, rows)
+
+    return jax.tree.map(place, batch)
 
 
 def put(x, sharding):

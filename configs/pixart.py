@@ -68,7 +68,7 @@ def common():
     config.sample_every = 2000
     config.max_to_keep = 2
     config.mesh = ConfigDict({"expert": 1, "data": -1, "fsdp": 1, "tensor": 1})
-    config.rules = ()
+    config.rules = ()  # of placement, before the library's own (`sharding.MODEL_RULES`)
     return config
 
 

@@ -12,7 +12,6 @@ speed depends on their values.
 
 import dataclasses
 import gc
-import json
 import platform
 import statistics
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 from absl import flags
 
 from cnxs_jax import errors
+from cnxs_jax.storage import write_json, write_text
 from eval import flops
 
 CASES = {
@@ -290,9 +290,8 @@ def main(argv):
     print(text)
     if OUT.value:
         out = Path(OUT.value)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "benchmark.json").write_text(json.dumps({"rows": rows, "facts": facts}, indent=1))
-        (out / "benchmark.md").write_text(text)
+        write_json(out / "benchmark.json", {"rows": rows, "facts": facts}, sort_keys=False)
+        write_text(out / "benchmark.md", text)
     return 0
 
 

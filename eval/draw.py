@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from cnxs_jax.errors import CheckpointError
+from cnxs_jax.pipelines.images import to_uint8
 
 
 def pipeline_generator(pipelines, guidance_scale=None, batch_size=64):
@@ -61,11 +62,6 @@ def round_trip(module, params, batch_size=64):
         return np.concatenate(out)
 
     return through
-
-
-def to_uint8(images):
-    """float [0, 1] to the nearest of 256 levels."""
-    return np.round(np.clip(np.asarray(images, np.float32), 0, 1) * 255).astype(np.uint8)
 
 
 def cached(generate, directory, identity, seed=0, log=print):

@@ -5,10 +5,10 @@ A config with `stages` is evaluated by its last one: that one's export is the re
 
 from pathlib import Path
 
-import cnxs_jax
 from cnxs_jax.data import emoji_scenes
 from cnxs_jax.data.pipeline import WORLDS
 from cnxs_jax.errors import ConfigError
+from cnxs_jax.storage import fill
 from eval.metrics import features, scene_accuracy
 
 CHECKED = ("scene_accuracy", "agreement")  # metrics that read pictures with the scene checker
@@ -39,9 +39,7 @@ def directories(config, workdir, teacher=None, student=None):
     stage, place = last_stage(config, workdir)
     export = str(place / "export")
     if stage.get("teacher_path"):
-        assets = Path(cnxs_jax.__file__).parent / "assets"
-        trained_with = stage.get("teacher_path").replace("{assets}", str(assets))
-        teacher = teacher or trained_with.replace("{workdir}", str(workdir))
+        teacher = teacher or fill(stage.get("teacher_path"), workdir)
         student = student or export
     found = {"teacher": teacher or export, "student": student}
     return {name: path for name, path in found.items() if path}

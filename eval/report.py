@@ -6,7 +6,6 @@ string "not run (why)".
 """
 
 import dataclasses
-import json
 import math
 import os
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from cnxs_jax.errors import DataError
+from cnxs_jax.storage import write_json, write_text
 
 DIRECTORY = "pictures"
 
@@ -70,21 +70,9 @@ def write_report(workdir, rows, pictures=(), *, title="Report", summary=None, no
         "pictures": files,
         "notes": list(notes),
     }
-    write_json(workdir / "report.json", content)
+    write_json(workdir / "report.json", plain(content), sort_keys=False)
     write_text(workdir / "report.md", _markdown(content, groups))
     return workdir / "report.md"
-
-
-def write_json(path, content):
-    """JSON with numpy values turned into numbers and non-finite ones into null, atomically."""
-    write_text(path, json.dumps(_plain(content), indent=1) + "\n")
-
-
-def write_text(path, text):
-    """Writes to a neighbour first: a reader, or a run that is killed, never sees half a file."""
-    temporary = Path(f"{path}.tmp{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def columns_of(rows):
@@ -126,13 +114,14 @@ def _cell(value):
     return str(value).replace("|", "\\|")
 
 
-def _plain(value):
+def plain(value):
+    """`value` with numpy values as numbers and non-finite ones as None, for JSON."""
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, np.ndarray | np.generic):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return str(value) if isinstance(value, Path) else value

@@ -9,6 +9,8 @@ import pathlib
 import platform
 import subprocess
 
+from cnxs_jax.storage import write_json
+
 ROOT = pathlib.Path(__file__).parents[1]
 LOG = ROOT / "docs" / "results" / "checks.json"
 
@@ -29,9 +31,7 @@ def record(name, **figures):
     LOG.parent.mkdir(parents=True, exist_ok=True)
     with locked(LOG.parent):
         entries = json.loads(LOG.read_text()) if LOG.is_file() else []
-        temporary = LOG.with_name(f".{LOG.name}.tmp")  # a check that is killed leaves the old file
-        temporary.write_text(json.dumps([*entries, entry], indent=1) + "\n")
-        temporary.replace(LOG)
+        write_json(LOG, [*entries, entry], sort_keys=False)  # killed, it leaves the old file
 
 
 @contextlib.contextmanager

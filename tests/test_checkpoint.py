@@ -1,6 +1,7 @@
 """Checkpoints: exact round trips, other meshes, damage of every kind, refusals."""
 
 import errno
+import functools
 import itertools
 import json
 import pathlib
@@ -10,12 +11,15 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 
 from cnxs_jax import checkpoint, fingerprint, sharding
 from cnxs_jax.errors import CheckpointError, NumericsError
+from cnxs_jax.models.dit import PixArt
 from tests import checks
+from train.step import init_state
 
 META = {"config": {"steps": 9}}
 
@@ -40,10 +44,10 @@ def assert_same(a, b):
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
 
 
-def write(directory, steps=(1, 2)):
+def write(directory, steps=(1, 2), make=make_state):
     with checkpoint.Checkpoints(directory) as checkpoints:
         for step in steps:
-            checkpoints.save(step, make_state(step), {"next": step}, META)
+            checkpoints.save(step, make(step), {"next": step}, META)
 
 
 def read(directory, like=None):
@@ -112,9 +116,33 @@ def test_restore_on_another_mesh(tmp_path):
     assert_same(state, make_state(2))
 
 
-def check_flips(tmp_path, capsys, number, seed):
+@functools.cache
+def dit_state(seed, devices):
+    """The train state of a DiT with moments and EMA, all random, sharded where there are eight."""
+    dit = PixArt(num_layers=2, num_attention_heads=2, attention_head_dim=16, sample_size=8,
+                 cross_attention_dim=32, caption_channels=16)  # fmt: skip
+    cond = {"text": jnp.zeros((1, 4, 16)), "text_mask": jnp.ones((1, 4), jnp.int32)}
+
+    def init(key):
+        params = dit.init(key, jnp.zeros((1, 8, 8, 4)), jnp.zeros(1), cond)["params"]
+        return init_state(params, optax.adamw(1e-3))
+
+    shapes, rng = jax.eval_shape(init, jax.random.key(0)), np.random.default_rng(seed)
+    spec = {"data": 2, "fsdp": 2, "tensor": 2} if devices == 8 else {"data": 1}
+    mesh = sharding.make_mesh(spec, jax.devices()[:devices])
+    return jax.tree.map(
+        lambda x, where: jax.device_put(rng.normal(size=x.shape).astype(x.dtype), where),
+        shapes,
+        sharding.shardings(shapes, mesh, auto_bytes=2**10),
+    )
+
+
+def check_flips(tmp_path, capsys, number, seed, devices):
     """Every flip in the newest step's arrays is detected, or had no effect on any value."""
-    write(tmp_path / "good")
+    make = functools.partial(dit_state, devices=devices)
+    split = [x for x in jax.tree.leaves(make(1)) if not x.sharding.is_fully_replicated]
+    assert bool(split) == (devices == 8)
+    write(tmp_path / "good", make=make)
     rng, harmless = random.Random(seed), 0
     for trial in range(number):
         directory = tmp_path / f"flip{trial}"
@@ -122,30 +150,33 @@ def check_flips(tmp_path, capsys, number, seed):
         files = arrays_of(directory, 2)
         path = rng.choices(files, [p.stat().st_size for p in files])[0]
         flip(path, rng.randrange(8 * path.stat().st_size))
-        state, data, _ = read(directory)
+        state, data, _ = read(directory, make(1))
         err = capsys.readouterr().err
         if "IS DAMAGED" in err:
             assert data == {"next": 1}
-            assert_same(state, make_state(1))
+            assert_same(state, make(1))
             assert (directory / "2.corrupt").is_dir()
             assert not (directory / "2").exists()
         else:
             harmless += 1  # a byte that no array uses
-            assert_same(state, make_state(2))
+            assert_same(state, make(2))
         shutil.rmtree(directory)
     assert harmless <= number * 0.1
     return harmless
 
 
-def test_flipped_bits_are_detected(tmp_path, capsys):
-    check_flips(tmp_path, capsys, 100, seed=1)
+@pytest.mark.parametrize("devices", [1, 8])
+def test_flipped_bits_are_detected(tmp_path, capsys, devices):
+    check_flips(tmp_path, capsys, 10, seed=1, devices=devices)
 
 
 @pytest.mark.slow
-def test_a_thousand_flipped_bits_are_detected(tmp_path, capsys):
-    harmless = check_flips(tmp_path, capsys, 1000, seed=2)
-    checks.record("bit flips in checkpoints", flips=1000, detected=1000 - harmless,
-                  in_bytes_no_array_uses=harmless, restored_wrong=0)  # fmt: skip
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_thousand_flipped_bits_are_detected(tmp_path, capsys, devices):
+    harmless = check_flips(tmp_path, capsys, 1000, seed=2, devices=devices)
+    checks.record("bit flips in checkpoints", flips=1000, devices=devices,
+                  detected=1000 - harmless, in_bytes_no_array_uses=harmless,
+                  restored_wrong=0)  # fmt: skip
 
 
 def damage_truncate(step):

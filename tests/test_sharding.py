@@ -1,5 +1,7 @@
 """Meshes and placement rules."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -122,3 +124,70 @@ def test_constrain_acts_under_a_mesh_only(mesh):
     np.testing.assert_array_equal(jax.jit(f)(x), 2 * x)
     with jax.set_mesh(mesh):
         assert jax.jit(f)(x).sharding.shard_shape(x.shape) == (2, 2)
+
+
+def layout(processes, axes=("expert", "data", "fsdp", "tensor")):
+    """What `owned_parts` reads of a mesh: which process each of its devices belongs to."""
+    processes = np.asarray(processes)
+    devices = np.array([SimpleNamespace(process_index=p) for p in processes.ravel()])
+    shape = dict(zip(axes, processes.shape, strict=True))
+    return SimpleNamespace(axis_names=axes, shape=shape, devices=devices.reshape(processes.shape))
+
+
+def hosts(*shape, of=4):
+    """Devices of a mesh of this shape, `of` neighbours a host."""
+    return layout(np.arange(np.prod(shape)).reshape(shape) // of)
+
+
+LAYOUTS = {  # batch of 16 rows -> the rows of each process
+    "data over hosts": (hosts(1, 2, 4, 1), [range(8), range(8, 16)]),
+    "one host, all of it": (hosts(1, 2, 2, 1), [range(16)]),
+    "tensor over two hosts": (hosts(1, 1, 1, 8), [range(16), range(16)]),
+    "tensor over two hosts of four": (
+        hosts(1, 2, 1, 8), [range(8), range(8), range(8, 16), range(8, 16)]),
+    "experts over hosts": (hosts(2, 1, 4, 1), [range(16), range(16)]),
+    "a host is a square of data x fsdp": (
+        layout([[[[0], [0], [1], [1]], [[0], [0], [1], [1]]]]),
+        [[0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15]]),
+    "tensor across, fsdp within": (
+        layout([[[[0, 1], [0, 1]], [[2, 3], [2, 3]]]]),
+        [range(8), range(8), range(8, 16), range(8, 16)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_each_process_feeds_the_rows_of_its_own_devices(name):
+    mesh, expected = LAYOUTS[name]
+    found = [sharding.batch_rows(mesh, 16, process) for process in range(len(expected))]
+    assert found == [list(rows) for rows in expected]
+    assert {row for rows in found for row in rows} == set(range(16))
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    with pytest.raises(ConfigError, match="12 examples do not divide over data x fsdp = 8"):
+        sharding.batch_rows(hosts(1, 2, 4, 1), 12, 0)
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_local_rows_land_on_the_shards_that_they_belong_to(process, monkeypatch):
+    """Every device of a process that owns parts 0, 1, 4, 5 of 8 gets its own rows."""
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 4})
+    twin = layout([[[[0], [0], [1], [1]], [[0], [0], [1], [1]]]])
+    rows = sharding.batch_rows(twin, 16, process)
+    asked = {}
+
+    def make(shape, where, callback):
+        assert shape == (16, 3)
+        for device, index in where.devices_indices_map(shape).items():
+            place = np.argwhere(mesh.devices == device)[0]
+            if twin.devices[tuple(place)].process_index == process:
+                asked[device] = (index[0], callback(index))
+
+    monkeypatch.setattr(jax, "make_array_from_callback", make)
+    monkeypatch.setattr(sharding, "owned_parts", lambda _, owned=sharding.owned_parts: owned(
+        twin, process))  # fmt: skip
+    whole = np.arange(48.0).reshape(16, 3)
+    sharding.put_batch({"x": whole[rows]}, mesh)
+    assert len(asked) == 4
+    for index, local in asked.values():
+        np.testing.assert_array_equal(local, whole[index])

@@ -3,7 +3,8 @@
 import jax
 import numpy as np
 
-from cnxs_jax.data import buckets, image_folder, pipeline, text
+from cnxs_jax import sharding
+from cnxs_jax.data import buckets, caption_cleaning, image_folder, pipeline, text
 from cnxs_jax.errors import CheckpointError, ConfigError
 from train import validate
 
@@ -38,7 +39,7 @@ def open_source(config, seed=None, truth=False):
 
 
 def open_loader(config, tokens=True, tokenizer_path=None, keys=("image",)):
-    """`(loader, tokenizer)`: this process's share of the batches; no tokenizer without `tokens`.
+    """`(loader, tokenizer)`: this process's rows of the batches; no tokenizer without `tokens`.
 
     `keys` are the arrays of an example to stack, such as "edges".
     """
@@ -48,9 +49,9 @@ def open_loader(config, tokens=True, tokenizer_path=None, keys=("image",)):
     options = {
         "batch_size": config.batch_size,
         "seed": config.seed,
-        "process_index": jax.process_index(),
-        "process_count": jax.process_count(),
+        "rows": rows(config),
         "tokenizer": tokenizer,
+        "tokenize": caption_cleaning.tokenize,
         "max_length": config.data.get("max_length", text.MAX_LENGTH),
     }
     if config.data.get("buckets"):
@@ -60,6 +61,13 @@ def open_loader(config, tokens=True, tokenizer_path=None, keys=("image",)):
         return buckets.BucketLoader(source, config.data.size, **options), tokenizer
     prefetch = config.data.get("prefetch", 2)
     return pipeline.make_loader(source, prefetch=prefetch, keys=keys, **options), tokenizer
+
+
+def rows(config):
+    """What this process makes of each batch; one process alone makes all of it."""
+    if jax.process_count() == 1:
+        return None
+    return sharding.batch_rows(sharding.make_mesh(config.mesh), config.batch_size)
 
 
 def examples(config, number, keys=("image",)):
@@ -74,7 +82,7 @@ def examples(config, number, keys=("image",)):
 def tokens(config, tokenizer, captions):
     """{"input_ids", "attention_mask"} of captions."""
     length = config.data.get("max_length", text.MAX_LENGTH)
-    ids, mask = text.tokenize(tokenizer, captions, length)
+    ids, mask = caption_cleaning.tokenize(tokenizer, captions, length)
     return {"input_ids": ids, "attention_mask": mask}
 
 

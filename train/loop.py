@@ -17,6 +17,7 @@ import numpy as np
 from cnxs_jax import checkpoint, precision, sharding
 from cnxs_jax import tree as trees
 from cnxs_jax.errors import ConfigError, Stopped
+from cnxs_jax.storage import write_json
 from train import optimizer, report, validate
 from train.log import Progress, StopSignal, Writer
 from train.step import init_state, make_step
@@ -27,7 +28,6 @@ from train.workdir import (
     expand,
     plain,
     set_aside,
-    write_json,
 )
 
 
@@ -73,6 +73,8 @@ def main(config, workdir, resume=False):
     validate.check(config)
     stages = config.get("stages", ())
     runs = [(root / name, config[name]) for name in stages] or [(root, config)]
+    for _, run_config in runs:
+        report.check(run_config)
     finished = [check_workdir(path, run_config, root, resume) for path, run_config in runs]
     lead = jax.process_index() == 0
     with checkpoint.lock(root) if lead else contextlib.nullcontext():

@@ -18,6 +18,7 @@ from cnxs_jax import tree as trees
 from cnxs_jax.diffusion import consistency as lcd
 from cnxs_jax.diffusion import prediction as predictions
 from cnxs_jax.diffusion import schedule as schedules
+from cnxs_jax.diffusion.expert_tree import Times
 from cnxs_jax.errors import ConfigError, did_you_mean
 from train.step import example_keys
 
@@ -50,24 +51,12 @@ def _mean(x):
     return x.reshape(x.shape[0], -1).mean(axis=1)
 
 
-def draw(keys, x, low, high, logit_normal=None, draw_time=None):
-    """`(integers [B] in [low, high), normal noise like x)`, each example from its own key.
-
-    The integers are uniform, or with `logit_normal` (mean, sd) the part of the way from low to high
-    is the logistic function of a normal number (Esser et al. 2024, section 3.1), or
-    `draw_time(key)`.
-    """
+def draw(keys, x, draw_time):
+    """`(draw_time(key) [B], normal noise like x)`, each example from its own key."""
 
     def one(key):
         key_t, key_noise = jax.random.split(key)
-        noise = jax.random.normal(key_noise, x.shape[1:])
-        if draw_time is not None:
-            return draw_time(key_t), noise
-        if logit_normal is None:
-            return jax.random.randint(key_t, (), low, high), noise
-        mean, sd = logit_normal
-        part = jax.nn.sigmoid(mean + sd * jax.random.normal(key_t))
-        return jnp.clip(low + jnp.int32(part * (high - low)), low, high - 1), noise
+        return draw_time(key_t), jax.random.normal(key_noise, x.shape[1:])
 
     return jax.vmap(one)(example_keys(keys, x.shape[0]))
 
@@ -88,6 +77,12 @@ def _check(value, choices, where):
             where,
             f"use one of {', '.join(choices)}",
         )
+
+
+def _times_of(low, high, logit_normal):
+    """`key -> time` in [low, high)."""
+    times = Times(high - low, logit_normal)
+    return lambda key: low + times.draw(key)
 
 
 def denoise(
@@ -114,7 +109,8 @@ def denoise(
         learned_range: adds IDDPM's variational bound for the learned variance, the next C
             channels (Nichol and Dhariwal 2021, section 3.1); it does not move the mean.
         t_range: timesteps are drawn from [low, high); all of them unless given.
-        logit_normal: (mean, sd) of their density over that range; uniform unless given.
+        logit_normal: (mean, sd) of their density over that range (`expert_tree.Times`); uniform
+            unless given.
         noises: timesteps and noises drawn for each example, whose encoding they share.
         draw_time: `key -> time`, instead of `t_range` and `logit_normal`: an expert's truncated
             distribution, such as `lambda key: Times(1000, (0.0, 1.0)).draw(key, low, high)`.
@@ -128,13 +124,13 @@ def denoise(
     _check(loss_weighting, WEIGHTINGS, "loss_weighting")
     if not 0 <= low < high <= steps:
         raise ConfigError(f"t_range [{low}, {high}) is not inside [0, {steps})", "t_range")
-    if logit_normal is not None and logit_normal[1] <= 0:
-        raise ConfigError(f"sd {logit_normal[1]} is not above 0", "logit_normal", "e.g. (0.0, 1.0)")
+    if draw_time is None:
+        draw_time = _times_of(low, high, logit_normal)
 
     def objective(params, ema, frozen, batch, keys):
         batch, keys = repeated(batch, keys, noises)
         x, cond = batch["x"].astype(jnp.float32), batch["cond"]
-        t, noise = draw(keys, x, low, high, logit_normal, draw_time)
+        t, noise = draw(keys, x, draw_time)
         x_t = schedules.add_noise(schedule, x, noise, t)
         out = denoise_fn(resolve(params, frozen), x_t, t, cond)
         target = predictions.target(schedule, x, noise, t, prediction)
@@ -221,7 +217,7 @@ def consistency(
         x, cond = batch["x"].astype(jnp.float32), batch["cond"]
         if "null" not in cond:
             raise ConfigError("distillation needs the unconditional keys", 'batch["cond"]["null"]')
-        index, noise = draw(keys, x, 0, num_ddim_steps)
+        index, noise = draw(keys, x, Times(num_ddim_steps).draw)
         params_3 = (resolve(params, frozen), resolve(ema, frozen), teacher(frozen))
         predicted, target = lcd.lcd_pair(
             student_fn, teacher_fn, schedule, params_3, x, noise, index, cond, grid, omega,
@@ -247,7 +243,7 @@ def autoencode(encode_fn, decode_fn, resolve=identity, l2=0.5, kl=1e-4, edge=1.0
     def objective(params, ema, frozen, batch, keys):
         x, params = batch["x"].astype(jnp.float32), resolve(params, frozen)
         mean, logvar = encode_fn(params, x)
-        _, noise = draw(keys, mean, 0, 1)
+        _, noise = draw(keys, mean, Times(1).draw)
         error = decode_fn(params, mean + jnp.exp(0.5 * logvar) * noise).astype(jnp.float32) - x
         l1, mse = jnp.mean(jnp.abs(error)), jnp.mean(jnp.square(error))
         edges = sum(jnp.mean(jnp.abs(jnp.diff(error, axis=axis))) for axis in (1, 2))

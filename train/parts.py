@@ -13,8 +13,8 @@ from cnxs_jax.convert import lora as lora_files
 from cnxs_jax.convert import pixart
 from cnxs_jax.diffusion import schedule
 from cnxs_jax.errors import ConfigError
+from cnxs_jax.pipelines.images import make_grid, to_uint8
 from train import inputs, objectives, optimizer, validate
-from train.pictures import grid, to_uint8
 
 REMAT = validate.choice("full", *(n for n in dir(jax.checkpoint_policies) if n[0] != "_"))
 SCHEDULE = {
@@ -109,6 +109,16 @@ def to_signed(image):
     return image.astype(jnp.float32) / 127.5 - 1.0
 
 
+def from_signed(image):
+    """float [-1, 1] -> float [0, 1], on the host."""
+    return np.asarray(image) * 0.5 + 0.5
+
+
+def tiles(images):
+    """float [N,H,W,3] in [0, 1] -> one uint8 picture, eight in a row. NumericsError on NaN."""
+    return np.asarray(make_grid(to_uint8(images), -(-len(images) // 8), 8, gap=0))
+
+
 def latents(vae, params, image, key):
     """Scaled latents of uint8 pictures, drawn from the VAE's posterior as PixArt trains."""
     mean, logvar = vae.apply({"params": params}, to_signed(image), method="encode")
@@ -164,7 +174,7 @@ def outputs(config, components, tokenizer, scheduler, options, resolve):
 
     def sample(ema, frozen, encoders):
         pipe = pipeline(ema, frozen, encoders)
-        return grid(to_uint8(pipe(captions, seed=0, output_type="np", **options).images * 2 - 1), 8)
+        return tiles(pipe(captions, seed=0, output_type="np", **options).images)
 
     def export(ema, frozen, encoders, path):
         from cnxs_jax.pipelines.pipeline import save_pipeline

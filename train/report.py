@@ -6,6 +6,29 @@ come from `python -m eval --config=... --workdir=...`.
 
 import json
 
+from cnxs_jax.errors import ConfigError
+
+
+def check(config):
+    """Raises ConfigError if the run asks for a report that its data cannot have; before training.
+
+    `config.report.num_prompts = 0` asks for none.
+    """
+    if not wanted(config):
+        return
+    from eval import recipe  # heavy, and of no use to a run without a report
+
+    try:
+        recipe.scenes_of(config, recipe.CHECKED)
+    except ConfigError as error:
+        fix = "train without a report: --config.report.num_prompts=0"
+        raise ConfigError(f"no report can be made: {error.what}", error.where, fix) from None
+
+
+def wanted(config):
+    """Whether the run shall have a report."""
+    return bool(config.get("report")) and config.report.num_prompts > 0
+
 
 def write(config, workdir):
     """The report of a run that asks for one and has none yet; its path, or None.
@@ -14,7 +37,7 @@ def write(config, workdir):
         config: the run's; `config.report` holds the keyword arguments of `eval.run.main`.
         workdir: with `export/` and `metrics.jsonl`.
     """
-    if not config.get("report") or (workdir / "report.md").is_file():
+    if not wanted(config) or (workdir / "report.md").is_file():
         return None
     from eval import run  # heavy, and of no use to a run without a report
 

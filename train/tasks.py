@@ -22,6 +22,7 @@ from train.parts import (
     check_fit,
     check_scheduler,
     fields,
+    from_signed,
     latents,
     make,
     noise_schedule,
@@ -29,11 +30,11 @@ from train.parts import (
     scheduler_config,
     sizes_of,
     student_of,
+    tiles,
     to_signed,
     whole_mask,
     with_adapter_file,
 )
-from train.pictures import grid, to_uint8
 
 PREDICTION = validate.choice(*schedule.PREDICTIONS)
 DENOISE = {
@@ -176,8 +177,8 @@ def autoencoder(config):
 
     def sample(ema, frozen, encoders):
         again = reconstruct(resolve(ema, frozen), to_signed(jnp.asarray(shown)))
-        again = to_uint8(np.asarray(again))
-        return grid(np.concatenate([shown[:8], again[:8], shown[8:], again[8:]]), columns=8)
+        real, again = shown / 255.0, from_signed(again)
+        return tiles(np.concatenate([real[:8], again[:8], real[8:], again[8:]]))
 
     def export(ema, frozen, encoders, path):
         from cnxs_jax.pipelines.load import save_model
@@ -228,10 +229,10 @@ def drop_captions(raw, empty, rate, key):
 
 def denoiser(config):
     """Trains a PixArt transformer, and its text encoder with it unless `text_encoder_path`."""
-    from cnxs_jax.pipelines.load import load_model
+    from cnxs_jax.pipelines.load import read_model
 
     dit = make(PixArt, config.transformer)
-    vae, vae_params = load_model(config.vae_path)
+    vae, vae_params = read_model(config.vae_path)
     loader, tokenizer = inputs.open_loader(config)
     empty = inputs.tokens(config, tokenizer, [""])
     joint = config.get("text_encoder") is not None
@@ -243,7 +244,7 @@ def denoiser(config):
             raise ConfigError(what, "config.text_encoder.vocab_size")
         run = with_text_encoder(sampling.denoiser(dit), text)
     else:
-        text, encoders["text_encoder"] = load_model(config.text_encoder_path)
+        text, encoders["text_encoder"] = read_model(config.text_encoder_path)
         run = sampling.denoiser(dit)
     check_fit(dit, vae, text, config.data.size)
     latent = config.data.size // vae.downsample_factor
@@ -313,14 +314,14 @@ def distill(config):
 
     With `config.lora` the student is the teacher with an adapter, and the adapter alone is trained.
     """
-    from cnxs_jax.pipelines.load import load_model
+    from cnxs_jax.pipelines.load import read_model
 
     dtype = jnp.dtype(config.get("dtype") or "float32")
     # float32 parameters whatever the network computes in: bfloat16 would round the updates away
-    dit, teacher = load_model(f"{config.teacher_path}/transformer")
+    dit, teacher = read_model(f"{config.teacher_path}/transformer")
     dit = dit.clone(dtype=dtype, remat=config.get("remat"))
-    vae, vae_params = load_model(f"{config.teacher_path}/vae")
-    text, text_params = load_model(f"{config.teacher_path}/text_encoder", dtype=dtype)
+    vae, vae_params = read_model(f"{config.teacher_path}/vae")
+    text, text_params = read_model(f"{config.teacher_path}/text_encoder", dtype=dtype)
     loader, tokenizer = inputs.open_loader(
         config, tokenizer_path=f"{config.teacher_path}/tokenizer"
     )

@@ -18,13 +18,13 @@ from train.parts import (
     SCHEDULE,
     check_fit,
     check_scheduler,
+    from_signed,
     latents,
     noise_schedule,
     scheduler_config,
     sizes_of,
-    to_signed,
+    tiles,
 )
-from train.pictures import grid, to_uint8
 from train.tasks import DENOISE, check_range, drop_captions
 
 KEYS = {
@@ -55,13 +55,13 @@ def edge_image(edges):
 
 def controller(config):
     """Trains the copied blocks of a ControlNet-Transformer on the pipeline at `base_path`."""
-    from cnxs_jax.pipelines.load import load_model
+    from cnxs_jax.pipelines.load import read_model
 
     path, dtype = config.base_path, jnp.dtype(config.get("dtype") or "float32")
-    dit, base = load_model(f"{path}/transformer")
+    dit, base = read_model(f"{path}/transformer")
     dit = dit.clone(dtype=dtype, remat=config.get("remat"))
-    vae, vae_params = load_model(f"{path}/vae")
-    text, text_params = load_model(f"{path}/text_encoder", dtype=dtype)
+    vae, vae_params = read_model(f"{path}/vae")
+    text, text_params = read_model(f"{path}/text_encoder", dtype=dtype)
     loader, tokenizer = inputs.open_loader(config, tokenizer_path=f"{path}/tokenizer", keys=ARRAYS)
     check_scheduler(config, path)
     check_fit(dit, vae, text, config.data.size)
@@ -73,7 +73,7 @@ def controller(config):
         **dict(config.control),
     )
     fresh = from_base(base, adapter.num_layers)  # float32: it is trained
-    base = jax.tree.map(lambda leaf: leaf.astype(dtype), base)
+    base = jax.tree.map(lambda leaf: leaf.astype(dtype, copy=False), base)
     module, _ = control.attach(dit, base, adapter, fresh)
 
     def encode(encoders, raw, key):
@@ -124,8 +124,8 @@ def sampler(config, module, vae, encode, tokenizer):
 
     def sample(ema, frozen, encoders):
         params = objectives.controlled(ema, frozen)
-        pictures = to_uint8(np.asarray(draw(params, encoders, raw, empty)))
-        hints = to_uint8(np.asarray(to_signed(edge_image(jnp.asarray(raw["edges"])))))
-        return grid(np.concatenate([hints[:8], pictures[:8], hints[8:], pictures[8:]]), columns=8)
+        pictures = from_signed(draw(params, encoders, raw, empty))
+        hints = np.asarray(edge_image(jnp.asarray(raw["edges"]))) / 255.0
+        return tiles(np.concatenate([hints[:8], pictures[:8], hints[8:], pictures[8:]]))
 
     return sample

@@ -184,7 +184,7 @@ COMMON = {
     },
     "report": Optional(
         {
-            "num_prompts": integer(1),
+            "num_prompts": integer(0),
             "num_real": integer(2),
             "steps": integers(low=1),
             "reference_steps": integer(1),

@@ -1,13 +1,12 @@
 """A run's directory: the config that is stored in it, and what may be gone on with."""
 
 import json
-import pathlib
 import shutil
 
-import cnxs_jax
 from cnxs_jax import checkpoint
 from cnxs_jax import tree as trees
 from cnxs_jax.errors import CheckpointError, ConfigError
+from cnxs_jax.storage import fill
 
 MAY_CHANGE = ("steps", "log_every", "save_every", "sample_every", "max_to_keep", "mesh", "rules",
               "resume", "report")  # fmt: skip
@@ -19,26 +18,9 @@ def expand(config, root):
     return type(config)(fill(config.to_dict(), root))
 
 
-def fill(value, root):
-    """`expand` for plain values: strings, dicts and sequences of them."""
-    if isinstance(value, str):
-        assets = pathlib.Path(cnxs_jax.__file__).parent / "assets"
-        return value.replace("{workdir}", str(root)).replace("{assets}", str(assets))
-    if isinstance(value, dict):
-        return {k: fill(v, root) for k, v in value.items()}
-    return type(value)(fill(v, root) for v in value) if isinstance(value, list | tuple) else value
-
-
 def plain(config):
     """`config` as JSON would give it back."""
     return json.loads(json.dumps(config.to_dict(), default=str))
-
-
-def write_json(path, value):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-    temporary.replace(path)
 
 
 def check_workdir(path, config, root, resume):

@@ -17,6 +17,7 @@ The orders differ in the source of the copies and in where the residuals go:
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cnxs_jax.errors import ConfigError, did_you_mean
 from cnxs_jax.models.dit import (
@@ -294,11 +295,11 @@ def from_base(base_params, num_layers=13):
     depth, _, features = table.shape
     if not 1 <= num_layers <= depth:
         raise ConfigError(f"{num_layers} copies of {depth} blocks", "num_layers")
-    copies = jax.tree.map(lambda a: jnp.array(a[:num_layers]), blocks)
+    copies = jax.tree.map(lambda a: a[:num_layers].copy(), blocks)  # on the host if the base is
 
     def zeros(*shape):
-        kernel = jnp.zeros((*shape, features, features), table.dtype)
-        return {"kernel": kernel, "bias": jnp.zeros((*shape, features), table.dtype)}
+        kernel = np.zeros((*shape, features, features), table.dtype)
+        return {"kernel": kernel, "bias": np.zeros((*shape, features), table.dtype)}
 
     return {
         "before_proj": zeros(),

@@ -7,7 +7,7 @@ wait for the next one.
 
 import numpy as np
 
-from cnxs_jax.data import text
+from cnxs_jax.data import pipeline, text
 from cnxs_jax.errors import ConfigError, DataError
 
 # Height and width in 1/16 of the base side, from wide to tall: PixArt-alpha's training table.
@@ -48,33 +48,28 @@ class BucketLoader:
     """An endless iterator over batches of one bucket each, with `get_state` and `set_state`.
 
     The order is that of a shuffled epoch: a batch comes when its bucket has enough pictures. It
-    does not depend on the processes; each takes its share of every batch.
+    does not depend on the processes; each takes its rows of every batch.
 
     Args:
         folder: `image_folder.ImageFolder`; its own size does not matter.
         base: side of the square bucket, px.
         batch_size: over all processes.
         seed: of the order.
-        process_index, process_count: this process, of how many.
-        tokenizer, max_length: as `pipeline.make_loader`.
+        rows, tokenizer, max_length, tokenize: as `pipeline.make_loader`.
 
     A batch: `image` uint8 [B,H,W,3], `original_size` int32 [B,2] (height, width), `aspect` float32
     [B,1] (the bucket's ratio), `caption`, and with a tokenizer `input_ids`, `attention_mask`.
     """
 
-    def __init__(self, folder, base, *, batch_size, seed=0, process_index=0, process_count=1,
-                 tokenizer=None, max_length=24):  # fmt: skip
-        if batch_size < 1 or batch_size % process_count:
-            what = f"batch_size {batch_size} does not divide over {process_count} processes"
-            raise ConfigError(what, "data.batch_size", "use a multiple of the processes")
+    def __init__(self, folder, base, *, batch_size, seed=0, rows=None, tokenizer=None,
+                 max_length=24, tokenize=text.tokenize):  # fmt: skip
         buckets = table(base)
         self.ratios, self.shapes = tuple(buckets), tuple(buckets.values())
         self.bucket_of = assign(folder.original_sizes(), self.ratios)
         self.folder = folder
         self.batch_size, self.seed = batch_size, seed
-        share = batch_size // process_count
-        self.mine = slice(process_index * share, (process_index + 1) * share)
-        self.tokenizer, self.max_length = tokenizer, max_length
+        self.rows = pipeline.check_rows(rows, batch_size)
+        self.tokenizer, self.max_length, self.tokenize = tokenizer, max_length, tokenize
         self._go_to(epoch=0, position=0, waiting={})
 
     def _go_to(self, epoch, position, waiting):
@@ -104,12 +99,13 @@ class BucketLoader:
 
     def __next__(self):
         bucket, indices = self._next_indices()
-        examples = [self.folder.read(i, *self.shapes[bucket]) for i in indices[self.mine]]
+        mine = [indices[row] for row in self.rows]
+        examples = [self.folder.read(i, *self.shapes[bucket]) for i in mine]
         batch = {key: np.stack([e[key] for e in examples]) for key in ("image", "original_size")}
         batch["aspect"] = np.full((len(examples), 1), self.ratios[bucket], np.float32)
         batch["caption"] = [e["caption"] for e in examples]
         if self.tokenizer is not None:
-            batch["input_ids"], batch["attention_mask"] = text.tokenize(
+            batch["input_ids"], batch["attention_mask"] = self.tokenize(
                 self.tokenizer, batch["caption"], self.max_length
             )
         return batch

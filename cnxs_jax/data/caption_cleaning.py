@@ -108,3 +108,9 @@ def clean_caption(caption):
     """
     text.check_caption(caption)
     return _clean_once(_clean_once(caption))
+
+
+def tokenize(tokenizer, captions, max_length=text.MAX_LENGTH):
+    """`text.tokenize` of cleaned captions: what PixArt reads, in training and when it draws."""
+    captions = [captions] if isinstance(captions, str) else captions
+    return text.tokenize(tokenizer, [clean_caption(c) for c in captions], max_length)

@@ -48,7 +48,7 @@ def open_source(name, split="train", size=None, *, truth=False, seed=0, root=Non
 
 
 class _Batches:
-    """Batch `k` of one process: its share of the global samples `[start + k·B, start + (k+1)·B)`.
+    """Batch `k` of one process: its rows of the global samples `[start + k·B, start + (k+1)·B)`.
 
     Interleaving by batch, not by process, keeps the global order independent of their number.
     """
@@ -60,26 +60,19 @@ class _Batches:
         return (len(self.samples) - self.start) // self.loader.batch_size
 
     def __getitem__(self, k):
-        share = self.loader.batch_size // self.loader.process_count
-        first = self.start + int(k) * self.loader.batch_size + self.loader.process_index * share
-        return self.loader.collate([self.samples[i] for i in range(first, first + share)])
+        first = self.start + int(k) * self.loader.batch_size
+        return self.loader.collate([self.samples[first + row] for row in self.loader.rows])
 
 
 class Loader:
     """An iterator over batches with `get_state` and `set_state`; made by `make_loader`."""
 
-    def __init__(self, source, *, batch_size, seed, shuffle, process_index, process_count,
-                 tokenizer, max_length, keys, prefetch):  # fmt: skip
-        if batch_size < 1 or batch_size % process_count:
-            what = f"batch_size {batch_size} does not divide over {process_count} processes"
-            raise errors.ConfigError(what, "data.batch_size", "use a multiple of the processes")
-        if not 0 <= process_index < process_count:
-            what = f"process_index {process_index} of {process_count}"
-            raise errors.ConfigError(what, "process_index", "use 0 <= index < count")
+    def __init__(self, source, *, batch_size, seed, shuffle, rows, tokenizer, max_length, tokenize,
+                 keys, prefetch):  # fmt: skip
         self.source, self.seed, self.shuffle = source, seed, shuffle
         self.batch_size, self.keys, self.prefetch = batch_size, tuple(keys), prefetch
-        self.process_index, self.process_count = process_index, process_count
-        self.tokenizer, self.max_length = tokenizer, max_length
+        self.rows = check_rows(rows, batch_size)
+        self.tokenizer, self.max_length, self.tokenize = tokenizer, max_length, tokenize
         samples = grain.MapDataset.source(source).seed(seed)
         if shuffle:
             samples = samples.shuffle()
@@ -99,7 +92,7 @@ class Loader:
         batch = {key: np.stack([e[key] for e in examples]) for key in self.keys}
         batch["caption"] = [e["caption"] for e in examples]
         if self.tokenizer is not None:
-            batch["input_ids"], batch["attention_mask"] = text.tokenize(
+            batch["input_ids"], batch["attention_mask"] = self.tokenize(
                 self.tokenizer, batch["caption"], self.max_length
             )
         return batch
@@ -137,34 +130,45 @@ class Loader:
         self._start_at(int(state["next_sample"]))
 
 
-def make_loader(source, *, batch_size, seed=0, shuffle=True, process_index=0, process_count=1,
-                tokenizer=None, max_length=24, start_state=None, keys=("image",),
+def check_rows(rows, batch_size):
+    """The rows of a batch that a loader makes, all unless given; ConfigError for none or others."""
+    if batch_size < 1:
+        raise errors.ConfigError(f"batch_size {batch_size}", "data.batch_size", "use at least 1")
+    rows = tuple(range(batch_size) if rows is None else rows)
+    if not rows or not all(0 <= row < batch_size for row in rows):
+        what = f"rows {rows} of a batch of {batch_size}"
+        raise errors.ConfigError(what, "rows", "use `sharding.batch_rows`")
+    return rows
+
+
+def make_loader(source, *, batch_size, seed=0, shuffle=True, rows=None, tokenizer=None,
+                max_length=24, tokenize=text.tokenize, start_state=None, keys=("image",),
                 prefetch=2):  # fmt: skip
     """An endless, checkpointable iterator over batches.
 
     Args:
         source: anything with `len` and `[i] -> {"caption", *keys}`.
-        batch_size: samples of one step over all processes; each process gets its share of them.
+        batch_size: samples of one step over all processes.
         seed, shuffle: of the global order; the order does not depend on the processes.
-        process_index, process_count: this process, of how many.
+        rows: of each batch, what this process makes (`sharding.batch_rows`); all unless given.
         tokenizer: from `text.load_tokenizer`; None: captions only.
         max_length: tokens, for padding and truncation.
+        tokenize: `(tokenizer, captions, max_length) -> (ids, mask)`.
         start_state: a `get_state()` to go on from.
         keys: the arrays to stack, e.g. `("image", "edges")`.
         prefetch: batches made ahead in one background thread; 0: none.
 
     Returns:
         An iterator of dicts: the stacked `keys` (`image` uint8 [B,H,W,3]), `caption` list of B
-        str, and with a tokenizer `input_ids`, `attention_mask` int32 [B,L]; B is the local share.
+        str, and with a tokenizer `input_ids`, `attention_mask` int32 [B,L]; B = len(rows).
 
     Raises:
-        errors.ConfigError: batch size and processes do not fit.
+        errors.ConfigError: batch size and rows do not fit.
         errors.DataError: `start_state` belongs to another stream.
     """
     loader = Loader(
-        source, batch_size=batch_size, seed=seed, shuffle=shuffle, process_index=process_index,
-        process_count=process_count, tokenizer=tokenizer, max_length=max_length, keys=keys,
-        prefetch=prefetch,
+        source, batch_size=batch_size, seed=seed, shuffle=shuffle, rows=rows, tokenizer=tokenizer,
+        max_length=max_length, tokenize=tokenize, keys=keys, prefetch=prefetch,
     )  # fmt: skip
     if start_state is not None:
         loader.set_state(start_state)

@@ -9,7 +9,6 @@ each caption word is one piece and any other text falls back to letters.
 import argparse
 import collections
 import io
-import json
 import math
 import pathlib
 import re
@@ -19,6 +18,7 @@ import warnings
 import numpy as np
 
 from cnxs_jax import errors
+from cnxs_jax.storage import write_json
 
 MAX_CHARACTERS = 2000
 MAX_LENGTH = 24  # tokens of an embedded caption, end token included
@@ -85,8 +85,7 @@ def save_tokenizer(model_bytes, directory):
         "model_max_length": 120,
         "legacy": False,
     }
-    written = directory / "tokenizer_config.json"
-    written.write_text(json.dumps(config, indent=2) + "\n")
+    write_json(directory / "tokenizer_config.json", config, sort_keys=False)
     tokenizer = transformers.T5Tokenizer.from_pretrained(directory, local_files_only=True)
     tokenizer.backend_tokenizer.save(str(directory / "tokenizer.json"))
 

@@ -176,6 +176,11 @@ class Times:
     logit_normal: tuple | None = None
     by = "t"
 
+    def __post_init__(self):
+        if self.logit_normal is not None and not self.logit_normal[1] > 0:
+            what = f"std {self.logit_normal[1]} is not above 0"
+            raise ConfigError(what, "logit_normal", "e.g. (0.0, 1.0)")
+
     def edge(self, quantile):
         """First time at or above a quantile (rounded half up), an integer in [0, num_steps]."""
         part = np.float64(quantile)

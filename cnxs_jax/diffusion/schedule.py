@@ -127,24 +127,40 @@ def edm(sigma_min=0.002, sigma_max=80.0, rho=7.0):
     return NoiseSchedule("edm", none, none, "edm", None, None, sigma_min, sigma_max, rho)
 
 
+def model_fields(config):
+    """The fields of a diffusers scheduler config that belong to the model and not to the solver.
+
+    What the config leaves out is written out with the default of its own class, so that another
+    class may read it: 1000 steps, linear from 1e-4 to 0.02, epsilon; `LCMScheduler` has scaled
+    linear from 0.00085 to 0.012.
+    """
+    lcm = config.get("_class_name") == "LCMScheduler"
+    defaults = {
+        "num_train_timesteps": 1000,
+        "beta_start": 0.00085 if lcm else 1e-4,
+        "beta_end": 0.012 if lcm else 0.02,
+        "beta_schedule": "scaled_linear" if lcm else "linear",
+        "prediction_type": "epsilon",
+    }
+    trained = config.get("trained_betas")
+    fields = {name: config.get(name, default) for name, default in defaults.items()}
+    return fields if trained is None else {**fields, "trained_betas": trained}
+
+
 def from_config(config):
     """The schedule that a diffusers `scheduler_config.json` (a dict) describes.
 
-    Missing fields take diffusers' defaults: 1000 steps, linear from 1e-4 to 0.02, except
-    `LCMScheduler`, whose default is scaled linear from 0.00085 to 0.012.
+    Missing fields take the defaults of the config's class in diffusers (`model_fields`).
 
     Raises:
         ConfigError: an unknown `beta_schedule`, or zero-terminal-SNR rescaling.
     """
     if config.get("rescale_betas_zero_snr"):
         raise ConfigError("zero terminal SNR is not supported", "rescale_betas_zero_snr")
-    if config.get("trained_betas") is not None:
-        return from_betas(config["trained_betas"])
-    lcm = config.get("_class_name") == "LCMScheduler"
-    name = config.get("beta_schedule", "scaled_linear" if lcm else "linear")
-    num_steps = config.get("num_train_timesteps", 1000)
-    start = config.get("beta_start", 0.00085 if lcm else 1e-4)
-    end = config.get("beta_end", 0.012 if lcm else 0.02)
+    fields = model_fields(config)
+    if "trained_betas" in fields:
+        return from_betas(fields["trained_betas"])
+    name, num_steps = fields["beta_schedule"], fields["num_train_timesteps"]
     if name == "squaredcos_cap_v2":
         return cosine(num_steps)
     makers = {"linear": linear, "scaled_linear": scaled_linear}
@@ -155,7 +171,7 @@ def from_config(config):
             "scheduler_config.json",
             f"use one of {', '.join(known)}",
         )
-    return makers[name](start, end, num_steps)
+    return makers[name](fields["beta_start"], fields["beta_end"], num_steps)
 
 
 def to_config(schedule):

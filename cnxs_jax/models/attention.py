@@ -8,7 +8,8 @@
 - `cudnn`: fused attention on a GPU (bfloat16 or float16, head_dim a multiple of 8).
 - `splash`: the Pallas kernel on a TPU, for long sequences. Head dims are padded to 128.
 
-`impl=None` chooses from the backend, the dtype and the shapes when the program is traced.
+`impl=None` chooses from the backend, the dtype and the shapes when the program is traced. Under the
+mesh of `jax.set_mesh` the forms that XLA cannot split run on each device's own rows and heads.
 """
 
 import functools
@@ -18,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cnxs_jax import sharding
 from cnxs_jax.errors import ConfigError, did_you_mean
 
 BLOCK = 512  # queries a block in the blocked form
@@ -39,26 +41,96 @@ def attention(q_BxLxHxD, k_BxSxHxD, v_BxSxHxD, *, mask_BxS=None, bias=None, scal
         [B, L, H, D] in the dtype of `q`.
     """
     scale = 1.0 / math.sqrt(q_BxLxHxD.shape[-1]) if scale is None else scale
-    impl = choose(q_BxLxHxD, k_BxSxHxD, mask_BxS, bias) if impl is None else impl
+    if impl is None:
+        _, L, _, D = q_BxLxHxD.shape
+        lengths, extra = (L, k_BxSxHxD.shape[1]), (mask_BxS is not None, bias is not None)
+        impl = choose(jax.default_backend(), capability(), q_BxLxHxD.dtype, lengths, D, *extra)
     if impl not in FORMS:
         raise ConfigError(
             f"unknown attention form {impl!r}.{did_you_mean(impl, FORMS)}",
             "attention impl",
             f"use one of {', '.join(FORMS)} or None",
         )
-    return FORMS[impl](q_BxLxHxD, k_BxSxHxD, v_BxSxHxD, mask_BxS, bias, scale)
+    form = _on_each_device(FORMS[impl]) if impl in LOOPS else FORMS[impl]
+    return form(q_BxLxHxD, k_BxSxHxD, v_BxSxHxD, mask_BxS, bias, scale)
 
 
-def choose(q, k, mask, bias):
-    """The form for these shapes and dtypes on the default backend."""
-    backend, long = jax.default_backend(), q.shape[1] * k.shape[1] >= 512 * 512
-    if backend == "cpu":
-        return "blocked" if long else "xla"
-    if backend == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0:
-        return "cudnn" if q.shape[-1] <= 128 else "xla"
-    if backend == "tpu" and bias is None and min(q.shape[1], k.shape[1]) >= 1024:
-        return "splash"
-    return "xla"
+def choose(platform, capability, dtype, lengths, head_dim, masked=False, biased=False):
+    """The name of the form for one platform, dtype and shape.
+
+    Args:
+        platform: "cpu", "gpu" or "tpu".
+        capability: of an NVIDIA GPU, (major, minor); None where there is none.
+        dtype: of the queries.
+        lengths: (L, S), of queries and keys.
+        head_dim: D.
+        masked, biased: whether there is a mask, a bias.
+
+    cuDNN wants Ampere (8.0) or newer, half precision, head dims up to 128 that are multiples of 8
+    and, with a bias (a mask becomes one), even lengths for its gradient.
+    """
+    queries, keys = lengths
+    if platform == "cpu":
+        return "blocked" if queries * keys >= 512 * 512 else "xla"
+    if platform == "tpu":
+        return "splash" if not biased and min(lengths) >= 1024 else "xla"
+    half = dtype in (jnp.bfloat16, jnp.float16)
+    card = platform == "gpu" and capability is not None and capability >= (8, 0)
+    fits = head_dim % 8 == 0 and head_dim <= 128
+    odd = (masked or biased) and (queries % 2 or keys % 2)
+    return "cudnn" if card and half and fits and not odd else "xla"
+
+
+def capability():
+    """(major, minor) of this process's NVIDIA GPUs, the least of them, or None."""
+    found = [str(getattr(d, "compute_capability", "")) for d in jax.local_devices()]
+    parts = [text.split(".") for text in found]
+    if not all(len(p) == 2 and all(n.isdigit() for n in p) for p in parts):
+        return None  # no GPU, or one of another maker ("gfx90a")
+    return min(tuple(map(int, p)) for p in parts)
+
+
+def _on_each_device(form):
+    """`form` on the rows and heads that a device holds, where there is a mesh.
+
+    XLA cannot split a Pallas kernel (it refuses to compile one on several devices) nor a loop over
+    batch and heads (it would gather them). Rows go over `data` and `fsdp`, heads over `tensor`; an
+    axis that does not divide them computes the same on each of its devices.
+    """
+
+    def run(q, k, v, mask, bias, scale):
+        mesh = jax.sharding.get_abstract_mesh()
+        alone = mesh.empty or mesh.size == 1
+        free = set() if alone else set(mesh.axis_names) - set(mesh.manual_axes)
+        if not free:  # one device, or inside of a `shard_map` already
+            return form(q, k, v, mask, bias, scale)
+        rows = sharding.dividing(mesh, free.intersection(sharding.BATCH), q.shape[0])
+        heads = sharding.dividing(mesh, free.intersection({"tensor"}), q.shape[2])
+
+        def spec(x, head_axis):
+            """Rows first, heads at `head_axis`; an axis of length 1 is broadcast and whole."""
+            axes = [None] * x.ndim
+            axes[0] = rows if x.shape[0] > 1 else None
+            if head_axis is not None and x.shape[head_axis] > 1:
+                axes[head_axis] = heads
+            return jax.P(*axes)
+
+        given = {"q": (q, 2), "k": (k, 2), "v": (v, 2), "mask": (mask, None), "bias": (bias, 1)}
+        given = {name: pair for name, pair in given.items() if pair[0] is not None}
+
+        def local(arrays):
+            parts = (arrays.get(name) for name in ("q", "k", "v", "mask", "bias"))
+            return form(*parts, scale)
+
+        return jax.shard_map(
+            local,
+            in_specs=({name: spec(*pair) for name, pair in given.items()},),
+            out_specs=spec(q, 2),
+            axis_names=free,
+            check_vma=False,
+        )({name: x for name, (x, _) in given.items()})
+
+    return run
 
 
 def _additive(mask, bias, batch):
@@ -149,9 +221,11 @@ def _splash_kernel(heads, queries, keys, interpret):
     )
 
     full = masks.MultiHeadMask([masks.FullMask((queries, keys)) for _ in range(heads)])
-    # The masks become constants of the kernel: make them outside of any trace that calls us.
+    # The masks become constants of the kernel: made outside of any trace that calls us, and kept
+    # on the host, where they belong to no mesh.
     with jax.ensure_compile_time_eval():
-        return kernel.make_splash_mha_single_device(mask=full, interpret=interpret)
+        made = kernel.make_splash_mha_single_device(mask=full, interpret=interpret)
+        return jax.tree.map(np.asarray, made)
 
 
 def _splash(q, k, v, mask, bias, scale, interpret=False):
@@ -187,6 +261,7 @@ FORMS = {
     "splash": _splash,
     "splash_interpret": functools.partial(_splash, interpret=True),
 }
+LOOPS = ("blocked", "splash", "splash_interpret")  # forms that XLA does not split over devices
 
 
 def sincos_2d(dim, height, width, base_size, interpolation_scale=1.0):

@@ -6,6 +6,7 @@ pipelines that share a network share its compiled programs; seed, texts, guidanc
 column of the solver's table are traced.
 """
 
+import contextlib
 import dataclasses
 import functools
 from typing import Any, ClassVar, NamedTuple
@@ -104,7 +105,6 @@ class Pipeline:
     classes: ClassVar[dict]  # {directory: (library, class)} of model_index.json
     networks: ClassVar[tuple]  # the directories that hold networks
     denoiser: ClassVar[str]  # the one that samples
-    sharding_rules: ClassVar[dict]  # {network: rules}
     steps: ClassVar[int] = 20
     guidance_scale: ClassVar[float] = 7.5
 
@@ -173,7 +173,8 @@ class Pipeline:
             latents=latents,
             output_type=output_type,
         )
-        return self._draw(request)
+        with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
+            return self._draw(request)
 
     def _draw(self, request):
         size, drawn = self.sizes(request.height, request.width)

@@ -7,7 +7,8 @@ import tempfile
 
 import numpy as np
 
-from cnxs_jax.errors import ConfigError, DataError
+from cnxs_jax.errors import ConfigError, DataError, NumericsError
+from cnxs_jax.storage import public_mode
 
 # Private-use chunk keyword under which the parameters are stored, as JSON.
 PNG_KEY = "cnxs_jax"
@@ -21,8 +22,21 @@ def to_pil(images):
     images = np.asarray(images, np.float32)
     if images.ndim != 4 or images.shape[-1] != 3:
         raise ConfigError(f"expected images [B,H,W,3], got shape {images.shape}", "images")
-    levels = np.round(np.clip(images, 0.0, 1.0) * 255.0).astype(np.uint8)
-    return [Image.fromarray(level) for level in levels]
+    return [Image.fromarray(levels) for levels in to_uint8(images)]
+
+
+def to_uint8(x):
+    """float [0, 1] to the nearest of 256 levels, uint8 of the same shape.
+
+    Raises:
+        NumericsError: NaN or infinity, which a clamp would make black or white.
+    """
+    x = np.asarray(x, np.float32)
+    bad = int(x.size - np.isfinite(x).sum())
+    if bad:
+        fix = "load with dtype='float32'; in training lower optimizer.learning_rate and --resume"
+        raise NumericsError(f"{bad} of {x.size} values are NaN or infinity", "pictures", fix)
+    return np.round(np.clip(x, 0.0, 1.0) * 255.0).astype(np.uint8)
 
 
 def to_array(image):
@@ -62,10 +76,7 @@ def save_png(image, path, parameters=None):
     try:
         with os.fdopen(handle, "wb") as file:
             image.save(file, format="PNG", pnginfo=info)
-        # mkstemp makes private files; a picture gets the mode that `open` would have given it.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(part, 0o666 & ~mask)
+        os.chmod(part, public_mode())
         os.replace(part, path)
     except BaseException:
         pathlib.Path(part).unlink(missing_ok=True)

@@ -2,15 +2,15 @@
 
 import json
 import os
-import tempfile
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
-from cnxs_jax import tree
+from cnxs_jax import sharding, tree
 from cnxs_jax.convert import families, files, pixart, pixart_control, rules
 from cnxs_jax.errors import CheckpointError, ConfigError, did_you_mean
+from cnxs_jax.storage import write_json
 
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 ENDINGS = (
@@ -45,12 +45,32 @@ def load_model(path, component=None, config=None, dtype=None):
         ConfigError: unknown class or component, unsupported config.
         CheckpointError: missing, damaged, hostile or ill-fitting files.
     """
+    module, params = read_model(path, component, config, dtype)
+    return module, place(params)
+
+
+def read_model(path, component=None, config=None, dtype=None):
+    """`load_model` with numpy arrays in host memory: for whoever places them on a mesh."""
     dtype = check_dtype(dtype)
     module, target, tensors, table, where = open_model(path, component, config, dtype)
-    params = rules.to_params(tensors, target, table, where, dtype or np.float32)
+    return module, rules.to_params(tensors, target, table, where, dtype or np.float32)
+
+
+def place(params, mesh=None):
+    """Host arrays on the device, or each straight on its shards of `mesh`, one after another.
+
+    Every leaf is dropped from `params` as soon as it is placed: neither the host nor a device
+    holds a whole network beside the placed one.
+    """
+    where = None if mesh is None else tree.flatten(sharding.shardings(params, mesh))
     flat = tree.flatten(params)
-    del params
-    return module, tree.unflatten({name: jnp.asarray(flat.pop(name)) for name in list(flat)})
+    params.clear()
+
+    def put(name):
+        leaf = flat.pop(name)
+        return jnp.asarray(leaf) if where is None else sharding.put(leaf, where[name])
+
+    return tree.unflatten({name: put(name) for name in list(flat)})
 
 
 def open_model(path, component=None, config=None, dtype=None):
@@ -263,12 +283,3 @@ def make_directory(directory):
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"cannot make the directory: {error}", str(directory)) from None
-
-
-def write_json(path, content):
-    """Writes JSON under a temporary name first."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-        json.dump(content, file, indent=2, sort_keys=True)
-        file.write("\n")
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)

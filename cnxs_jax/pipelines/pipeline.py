@@ -1,21 +1,20 @@
 """Opening and writing pipelines in diffusers' directory layout (`model_index.json`)."""
 
-import json
 import os
 import pathlib
 import re
 import shutil
 import tempfile
 
-import jax
 import jax.numpy as jnp
 
 from cnxs_jax.diffusion import solvers
 from cnxs_jax.errors import CheckpointError, ConfigError, did_you_mean
 from cnxs_jax.pipelines import scheduler as schedulers
 from cnxs_jax.pipelines.base import Component, Pipeline, refuse_parts
-from cnxs_jax.pipelines.load import load_model, load_null_caption, save_model
+from cnxs_jax.pipelines.load import load_null_caption, place, read_model, save_model
 from cnxs_jax.pipelines.pixart import PixArtAlphaPipeline
+from cnxs_jax.storage import write_json
 
 __all__ = ["FAMILIES", "load_pipeline", "save_pipeline"]
 
@@ -61,9 +60,8 @@ def load_pipeline(
     for name in family.networks:
         # The autoencoder runs once an image and is the first to lose visible precision.
         own = jnp.float32 if name == "vae" else compute
-        module, params = load_model(directory / name, dtype=own)
-        rules = family.sharding_rules.get(name, ())
-        components[name] = Component(module, _place(params, mesh, rules))
+        module, params = read_model(directory / name, dtype=own)
+        components[name] = Component(module, place(params, mesh))
     null = _null_text(directory, family, components)
     return family(components, tokenizer, config, null, mesh)
 
@@ -107,14 +105,14 @@ def _write(pipe, directory, dtype):
     for name, (library, class_name) in pipe.classes.items():
         if name == "scheduler":
             class_name = pipe.scheduler["_class_name"]
-            _write_json(directory / name / "scheduler_config.json", pipe.scheduler)
+            write_json(directory / name / "scheduler_config.json", pipe.scheduler)
         elif name == "tokenizer":
             _write_tokenizer(pipe.tokenizer, directory / name)
         else:
             null = pipe.null_text if name == pipe.denoiser else None
             save_model(*pipe.components[name], directory / name, dtype, null_caption=null)
         index[name] = [library, class_name]
-    _write_json(directory / INDEX, index)
+    write_json(directory / INDEX, index)
 
 
 def _write_tokenizer(tokenizer, directory):
@@ -123,11 +121,6 @@ def _write_tokenizer(tokenizer, directory):
     pieces = pathlib.Path(tokenizer.name_or_path) / "spiece.model"
     if pieces.is_file() and not (directory / pieces.name).exists():
         shutil.copyfile(pieces, directory / pieces.name)
-
-
-def _write_json(path, value):
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _compute_dtype(dtype):
@@ -201,15 +194,6 @@ def _family(directory):
             f"supported: {', '.join(FAMILIES)}",
         )
     return FAMILIES[name]
-
-
-def _place(params, mesh, rules):
-    """Parameters on the device, or split over the mesh."""
-    if mesh is None:
-        return jax.tree.map(jnp.asarray, params)
-    from cnxs_jax import sharding
-
-    return jax.device_put(params, sharding.shardings(params, mesh, rules))
 
 
 def _null_text(directory, family, components):

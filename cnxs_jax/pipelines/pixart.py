@@ -2,9 +2,8 @@
 
 import jax.numpy as jnp
 
-from cnxs_jax import sharding
-from cnxs_jax.data import text as texts_to_tokens
-from cnxs_jax.data.caption_cleaning import clean_caption
+from cnxs_jax.data import caption_cleaning
+from cnxs_jax.data import text as tokens
 from cnxs_jax.pipelines.base import Pipeline, encode_text
 from cnxs_jax.pipelines.sizes import bins, nearest_bin
 
@@ -30,10 +29,9 @@ class PixArtAlphaPipeline(Pipeline):
         "vae": ("diffusers", "AutoencoderKL"),
     }
     networks = ("transformer", "vae", "text_encoder")
-    sharding_rules = {"transformer": sharding.DIT_RULES}
     steps = 20
     guidance_scale = 4.5
-    load_tokenizer = staticmethod(texts_to_tokens.load_tokenizer)
+    load_tokenizer = staticmethod(tokens.load_tokenizer)
 
     def sizes(self, height, width):
         """Sizes of result and drawing; the published models draw their nearest aspect bin."""
@@ -76,8 +74,7 @@ class PixArtAlphaPipeline(Pipeline):
 
     def _embed(self, texts):
         """Encoded text [B,L,D] and mask [B,L] of a list of texts."""
-        texts = [clean_caption(text) for text in texts]  # as in PixArt's training
-        ids, mask = texts_to_tokens.tokenize(self.tokenizer, texts, self.max_tokens)
+        ids, mask = caption_cleaning.tokenize(self.tokenizer, texts, self.max_tokens)
         ids, mask = jnp.asarray(ids), jnp.asarray(mask)
         text = encode_text(*self.components["text_encoder"], *self._rows((ids, mask)))
         return text[: len(texts)], mask

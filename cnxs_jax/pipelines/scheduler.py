@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+from cnxs_jax.diffusion.schedule import model_fields
 from cnxs_jax.errors import CheckpointError, ConfigError, did_you_mean
 
 NAMES = {
@@ -13,15 +14,6 @@ NAMES = {
     "deis": "DEISMultistepScheduler",
     "lcm": "LCMScheduler",
 }
-# What belongs to the model and not to the solver: kept when another solver is chosen.
-_MODEL_KEYS = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "prediction_type",
-)
 # Written out because diffusers' defaults for them clip predictions, which no latent model wants.
 _NO_CLIP = {"DDIMScheduler": {"clip_sample": False}, "DDPMScheduler": {"clip_sample": False}}
 
@@ -51,7 +43,7 @@ def override(config, scheduler):
         config: the stored config.
         scheduler: a name in `NAMES` (that solver with its defaults), or a dict with `_class_name`
             and any options. The model's noise schedule and prediction type stay unless the dict
-            gives them.
+            gives them: also those that `config` leaves to the defaults of its own class.
     """
     if isinstance(scheduler, str):
         name = scheduler.lower()
@@ -68,8 +60,7 @@ def override(config, scheduler):
         raise ConfigError(
             "the dict has no `_class_name`", "scheduler", f"such as {NAMES['ddim']!r}"
         )
-    kept = {key: config[key] for key in _MODEL_KEYS if key in config}
-    return {**kept, **_NO_CLIP.get(scheduler["_class_name"], {}), **scheduler}
+    return {**model_fields(config), **_NO_CLIP.get(scheduler["_class_name"], {}), **scheduler}
 
 
 def is_lcm(config):

@@ -17,6 +17,7 @@ import optax
 
 from cnxs_jax import tree
 from cnxs_jax.errors import CheckpointError, DataError
+from cnxs_jax.storage import write_json
 
 STRIDE = 4
 FOCAL_POWER, NEAR_POWER = 2.0, 4.0  # alpha and beta of CenterNet's focal loss
@@ -286,7 +287,7 @@ def save(directory, params, vocabulary, info):
     flat = {k: v.astype(jnp.bfloat16) for k, v in tree.flatten(params).items()}
     save_file(flat, str(directory / "model.safetensors"))
     config = dataclasses.asdict(vocabulary) | {"info": info}
-    (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    write_json(directory / "config.json", config, sort_keys=False)
 
 
 def load(directory):

@@ -131,3 +131,17 @@ def test_boundary_survives_half_precision_times():
     assert c_out.dtype == jnp.float32
     np.testing.assert_allclose(c_out, 1.0, rtol=1e-5)
     assert np.all(np.asarray(c_skip) > 0)
+
+
+def test_what_a_class_leaves_to_its_defaults_is_written_out():
+    """LCMScheduler's defaults are not the other schedulers'."""
+    lcm = {"_class_name": "LCMScheduler", "prediction_type": "v_prediction"}
+    assert schedule.model_fields(lcm) == {
+        "num_train_timesteps": 1000,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "prediction_type": "v_prediction",
+    }
+    ddim = schedule.model_fields({"_class_name": "DDIMScheduler"})
+    assert (ddim["beta_start"], ddim["beta_end"], ddim["beta_schedule"]) == (1e-4, 0.02, "linear")

@@ -1,10 +1,15 @@
 """Every form of attention against the plain one, and what a mask must and must not do."""
 
+import math
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
+from cnxs_jax import sharding
 from cnxs_jax.errors import ConfigError
 from cnxs_jax.models import attention as forms
 from cnxs_jax.models.attention import attention, sincos_2d
@@ -75,10 +80,96 @@ def test_bias_enters_before_the_softmax(impl):
     np.testing.assert_allclose(out, jnp.broadcast_to(v[:, 3:4], q.shape), atol=1e-6)
 
 
-def test_choice_on_a_cpu_is_by_length():
-    q, k, _ = qkv(length=1024, keys=1024)
-    assert forms.choose(q, k, None, None) == "blocked"
-    assert forms.choose(q, k[:, :77], None, None) == "xla"
+HALF, FULL = jnp.bfloat16, jnp.float32
+# platform, capability, dtype, (queries, keys), head_dim, masked, biased -> form
+CHOICES = [
+    ("cpu", None, FULL, (1024, 1024), 64, False, False, "blocked"),
+    ("cpu", None, FULL, (1024, 77), 64, True, False, "xla"),
+    ("gpu", (8, 0), HALF, (4096, 4096), 72, False, False, "cudnn"),
+    ("gpu", (9, 0), jnp.float16, (4096, 120), 72, True, False, "cudnn"),
+    ("gpu", (7, 5), jnp.float16, (4096, 4096), 72, False, False, "xla"),  # Colab's T4
+    ("gpu", None, HALF, (4096, 4096), 72, False, False, "xla"),  # no NVIDIA card
+    ("gpu", (8, 0), FULL, (4096, 4096), 72, False, False, "xla"),
+    ("gpu", (8, 0), HALF, (4096, 77), 64, True, False, "xla"),  # CLIP's length with a mask
+    ("gpu", (8, 0), HALF, (4096, 77), 64, False, False, "cudnn"),
+    ("gpu", (8, 0), HALF, (1023, 120), 64, False, True, "xla"),
+    ("gpu", (8, 0), HALF, (1023, 120), 64, False, False, "cudnn"),
+    ("gpu", (9, 0), HALF, (4096, 4096), 160, False, False, "xla"),
+    ("gpu", (9, 0), HALF, (4096, 4096), 36, False, False, "xla"),
+    ("tpu", None, HALF, (1024, 1024), 72, True, False, "splash"),
+    ("tpu", None, HALF, (1024, 1024), 72, False, True, "xla"),
+    ("tpu", None, HALF, (4096, 120), 72, True, False, "xla"),
+]
+
+
+@pytest.mark.parametrize("row", CHOICES, ids=str)
+def test_the_form_is_chosen_by_platform_and_shape(row):
+    assert forms.choose(*row[:-1]) == row[-1]
+
+
+def test_the_choice_is_asked_with_what_is_there(monkeypatch):
+    seen = []
+    monkeypatch.setattr(forms, "choose", lambda *args: seen.append(args) or "xla")
+    attention(*qkv(), mask_BxS=MASK)
+    attention(*qkv(), bias=jnp.zeros((1, 1, 1, 40)))
+    same = ("cpu", None, jnp.float32, (96, 40), 8)
+    assert seen == [(*same, True, False), (*same, False, True)]
+
+
+@pytest.mark.parametrize(
+    ("cards", "least"), [(["9.0", "8.6"], (8, 6)), (["gfx90a"], None), ([None], None)]
+)
+def test_capability_is_that_of_the_weakest_card(cards, least, monkeypatch):
+    devices = [SimpleNamespace(compute_capability=c) for c in cards]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    assert forms.capability() == least
+
+
+MESHES = [
+    ("blocked", {"data": 2, "fsdp": 2, "tensor": 2}),
+    ("blocked", {"expert": 2, "tensor": 4}),
+    ("splash_interpret", {"tensor": 2}),
+]
+
+
+@pytest.mark.parametrize(("impl", "spec"), MESHES, ids=str)
+def test_forms_stay_split_and_exact_on_a_mesh(impl, spec, monkeypatch):
+    """Values and gradients of one device; each device runs its own rows and heads."""
+    sizes = []
+
+    def spy(q, *rest):
+        sizes.append(q.shape)
+        return form(q, *rest)
+
+    form = forms.FORMS[impl]
+    q, k, v = (jnp.concatenate([x] * 4) for x in qkv(length=64, heads=4))  # [8, ..., 4, 8]
+    mask = np.concatenate([MASK] * 4)
+
+    def run(q, k, v):
+        out = attention(q, k, v, mask_BxS=mask, impl=impl)
+        return jnp.sum(jnp.sin(out)), out
+
+    step = jax.value_and_grad(run, (0, 1, 2), has_aux=True)
+    with jax.default_matmul_precision("highest"):
+        (_, alone), gradients = jax.jit(lambda *x: step(*x))(q, k, v)
+        monkeypatch.setitem(forms.FORMS, impl, spy)
+        mesh = sharding.make_mesh(spec, jax.devices()[: math.prod(spec.values())])
+        with jax.set_mesh(mesh):
+            put = NamedSharding(mesh, jax.P(sharding.BATCH, None, "tensor"))
+            split = jax.device_put((q, k, v), put)
+            (_, out), again = jax.jit(lambda *x: step(*x))(*split)
+    rows, heads = 8 // sharding.batch_parts(mesh), 4 // mesh.shape["tensor"]
+    assert sizes[0] == (rows, 64, heads, 8)
+    assert out.sharding.shard_shape(out.shape) == (rows, 64, heads, 8)
+    for a, b in zip((alone, *gradients), (out, *again), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+
+
+def test_what_the_mesh_does_not_divide_stays_whole():
+    q, k, v = qkv()  # 2 rows, 3 heads
+    with jax.set_mesh(sharding.make_mesh({"data": 4, "tensor": 2})):
+        out = jax.jit(lambda *x: attention(*x, mask_BxS=MASK, impl="blocked"))(q, k, v)
+    assert np.abs(out - plain(q, k, v, MASK)).max() < 2e-6
 
 
 def test_splash_lowers_for_tpu():

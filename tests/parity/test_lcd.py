@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from cnxs_jax.diffusion import schedule
+from cnxs_jax.diffusion.expert_tree import Times
 from train import objectives
 from train.step import init_state, make_step
 
@@ -110,7 +111,7 @@ def test_one_step_equals_pytorch(prediction, loss):
     step = jax.jit(make_step(objective, tx, DECAY))
     batch = {"x": x, "cond": {"text": text, "null": {"text": null}}}
     keys = jax.random.split(jax.random.fold_in(KEY, 0), B)
-    index, noise = objectives.draw(keys, jnp.asarray(x), 0, 50)
+    index, noise = objectives.draw(keys, jnp.asarray(x), Times(50).draw)
     with jax.default_matmul_precision("highest"):
         state, metrics = step(state, {"teacher": teacher}, batch, KEY)
 

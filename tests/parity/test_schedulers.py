@@ -15,6 +15,8 @@ import pytest
 import torch
 
 from cnxs_jax.diffusion import sampling, schedule, solvers
+from cnxs_jax.diffusion.scheduler_config import _CLASSES
+from cnxs_jax.pipelines import scheduler as schedulers
 
 pytestmark = pytest.mark.parity
 
@@ -245,3 +247,26 @@ def test_default_tables_are_diffusers_defaults():
         read = solvers.from_config(json.loads(scheduler.to_json_string()), 10)
         for ours, theirs in zip(jax.tree.leaves(plain), jax.tree.leaves(read), strict=True):
             np.testing.assert_array_equal(ours, theirs)
+
+
+CLASSES = tuple(_CLASSES)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_left_out_fields_are_the_defaults_of_their_class(name):
+    theirs = getattr(diffusers, name)()
+    ours = schedule.model_fields({"_class_name": name})
+    assert ours == {field: theirs.config[field] for field in ours}
+    made = schedule.from_config({"_class_name": name})
+    np.testing.assert_allclose(made.alphas_cumprod, theirs.alphas_cumprod.numpy(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("stored", CLASSES)
+@pytest.mark.parametrize("wanted", sorted(schedulers.NAMES))
+def test_another_scheduler_keeps_the_noise_schedule_of_the_stored_one(stored, wanted):
+    """The stored config says nothing but its class: the model was trained with its defaults."""
+    ours = schedulers.override({"_class_name": stored}, wanted)
+    theirs = getattr(diffusers, stored)()
+    found = schedule.from_config(ours).alphas_cumprod
+    np.testing.assert_allclose(found, theirs.alphas_cumprod.numpy(), rtol=1e-5)
+    assert ours["prediction_type"] == theirs.config["prediction_type"]

@@ -97,6 +97,26 @@ def test_a_mesh_draws_the_same_pictures(stored):
     np.testing.assert_allclose(_np(split, prompts), one, atol=1e-5)
 
 
+def test_weights_go_from_the_host_straight_to_their_shards(stored, monkeypatch):
+    """No device ever holds a whole split array, not even for a moment."""
+    seen, put = [], sharding.put
+
+    def spy(x, where):
+        seen.append(x)
+        assert isinstance(x, np.ndarray)
+        return put(x, where)
+
+    monkeypatch.setattr(sharding, "put", spy)
+    mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
+    pipe = cnxs_jax.load_pipeline(stored, mesh=mesh)
+    leaves = [x for c in pipe.components.values() for x in jax.tree.leaves(c.params)]
+    assert len(seen) == len(leaves)
+    assert all(x.sharding.mesh == mesh for x in leaves)
+    kernel = pipe.components["text_encoder"].params["encoder"]["block"]["layer_1"]
+    kernel = kernel["DenseReluDense"]["wo"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape) == (2, 16, 4)  # of [2, 32, 16]
+
+
 def _edit(path, name, **values):
     content = json.loads((path / name).read_text())
     (path / name).write_text(json.dumps({**content, **values}))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cnxs_jax.errors import ConfigError, DataError
+from cnxs_jax.errors import ConfigError, DataError, NumericsError
 from cnxs_jax.pipelines import images
 
 PARAMETERS = {"prompt": 'ein Füchschen 🦊 \n"x"', "seed": 2**32 - 1, "guidance": 4.5}
@@ -58,6 +58,18 @@ def test_damaged_png_is_a_data_error(tmp_path, content):
 
 def _flat(level):
     return np.full((8, 10, 3), level, np.uint8)
+
+
+def test_levels_at_the_ends_and_the_middle_of_the_range():
+    got = images.to_uint8(np.array([0.0, -0.5, 0.5, 1.0, 2.0]))
+    np.testing.assert_array_equal(got, [0, 0, 128, 255, 255])
+
+
+@pytest.mark.parametrize("bad", [np.nan, -np.inf])
+def test_what_is_not_finite_is_a_numerics_error(bad):
+    with pytest.raises(NumericsError, match="1 of 6 values") as error:
+        images.to_uint8(np.array([[0.0, bad, 1.0], [0.0, 0.0, 0.0]]))
+    assert error.value.code == 5
 
 
 def test_grid_places_pictures_row_by_row():

@@ -35,15 +35,20 @@ def tokenizer(directory):
 def perturbed(module, *args, seed=0, **kwargs):
     """Random parameters without zeros, so that no path is dead. Nothing is computed but shapes."""
     shapes = jax.eval_shape(functools.partial(module.init, **kwargs), jax.random.key(0), *args)
+    return jax.tree.map(jnp.asarray, filled(shapes["params"], seed))
+
+
+def filled(shapes, seed=0):
+    """Random float32 numpy arrays of the shapes of a parameter tree."""
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):
         fan_in = np.prod(leaf.shape[-2:-1] if len(leaf.shape) < 4 else leaf.shape[:-1])
         centre = 1.0 if path.endswith("scale") else 0.0
         value = centre + rng.standard_normal(leaf.shape) / np.sqrt(max(fan_in, 4))
-        return jnp.asarray(value, jnp.float32)
+        return value.astype(np.float32)
 
-    return tree.map_with_path(draw, shapes["params"])
+    return tree.map_with_path(draw, shapes)
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import pytest
 
 from cnxs_jax import checkpoint
 from tests import checks
-from tests.train import toy
+from tests.train import small
 from train import log, loop
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -23,19 +23,19 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def start(workdir, port, process_id, *flags, variant=""):
+def start(workdir, port, process_id, *flags, config):
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "4"}
     cluster = ["--num_processes=2", f"--process_id={process_id}", f"--coordinator=127.0.0.1:{port}"]
     return subprocess.Popen(
-        [sys.executable, "-m", "train", f"--config=tests/train/toy.py{variant}",
+        [sys.executable, "-m", "train", f"--config=tests/train/{config}",
          f"--workdir={workdir}", *flags, *cluster],
         cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
 
-def run_pair(workdir, *flags, variant=""):
+def run_pair(workdir, config, *flags):
     port = free_port()
-    pair = [start(workdir, port, i, *flags, variant=variant) for i in range(2)]
+    pair = [start(workdir, port, i, *flags, config=config) for i in range(2)]
     outputs = [process.communicate(timeout=500)[0] for process in pair]
     assert [process.returncode for process in pair] == [0, 0], outputs
 
@@ -47,21 +47,45 @@ def test_a_stage_waits_for_the_export_of_the_one_before(tmp_path):
     Orbax also meets when it opens the next stage's checkpoints; `loop.barrier` does not rely on it
     (tests/train/test_loop.py sees that it is called).
     """
-    run_pair(tmp_path, variant=":stages")
+    run_pair(tmp_path, "toy.py:stages")
     assert (tmp_path / "second" / "export" / "params.npz").is_file()
 
 
+# fsdp: every process has its own part of the batch. tensor: the axis spans both processes, which
+# hold the same parts and must feed the same examples.
+LAYOUTS = {
+    "fsdp": ("--config.mesh.data=2", "--config.mesh.fsdp=4"),
+    "tensor": ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"),
+    "tensor over both": ("--config.mesh.data=1", "--config.mesh.tensor=8"),
+}
+
+
+@pytest.fixture(scope="module", params=["denoise", "consistency"])
+def one(request, tmp_path_factory):
+    """(recipe, directory of its run on one device)"""
+    root = tmp_path_factory.mktemp(request.param)
+    small.teacher(root)
+    config = small.get_config(request.param)
+    loop.main(config, root / "one")
+    return request.param, root
+
+
 @pytest.mark.slow
-def test_two_processes_equal_one(tmp_path):
-    loop.main(toy.config(), tmp_path / "one")
-    run_pair(tmp_path / "two", "--config.mesh.data=2", "--config.mesh.fsdp=4")
-    one, two = (
-        [line["loss"] for line in log.read_metrics(tmp_path / name / "metrics.jsonl")]
-        for name in ("one", "two")
+@pytest.mark.filterwarnings("ignore:caption has")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_processes_equal_one(one, layout):
+    """The DiT's own recipes, 20 steps: loss within 1e-5 relative."""
+    recipe, root = one
+    workdir = root / layout.replace(" ", "_")
+    run_pair(workdir, f"small.py:{recipe}", *LAYOUTS[layout])
+    alone, pair = (
+        [line["loss"] for line in log.read_metrics(path / "metrics.jsonl")]
+        for path in (root / "one", workdir)
     )
-    np.testing.assert_allclose(two, one, rtol=1e-5)
-    assert len(two) == 20
-    worst = max(abs(a / b - 1) for a, b in zip(two, one, strict=True))
-    checks.record("two processes of four devices", steps=20, worst_relative_loss=worst)
-    assert checkpoint.saved_steps(tmp_path / "two" / "checkpoints") == [15, 20]
-    assert (tmp_path / "two" / "export" / "params.npz").is_file()
+    np.testing.assert_allclose(pair, alone, rtol=1e-5)
+    assert len(pair) == small.STEPS
+    worst = max(abs(a / b - 1) for a, b in zip(pair, alone, strict=True))
+    checks.record("two processes of four devices", recipe=recipe, mesh=layout, steps=small.STEPS,
+                  worst_relative_loss=worst)  # fmt: skip
+    assert checkpoint.saved_steps(workdir / "checkpoints") == [15, 20]
+    assert (workdir / "export" / "model_index.json").is_file()

@@ -7,6 +7,7 @@ import pytest
 
 from cnxs_jax.diffusion import prediction as predictions
 from cnxs_jax.diffusion import schedule
+from cnxs_jax.diffusion.expert_tree import Times
 from cnxs_jax.errors import ConfigError
 from train import objectives
 
@@ -107,8 +108,8 @@ def test_timesteps_stay_in_their_range_and_fill_it():
 
 def test_draws_do_not_depend_on_the_batch():
     keys = jax.random.split(KEY, 8)
-    t, noise = objectives.draw(keys, X[:8], 0, 1000)
-    t_half, noise_half = objectives.draw(keys[4:], X[4:8], 0, 1000)
+    t, noise = objectives.draw(keys, X[:8], Times(1000).draw)
+    t_half, noise_half = objectives.draw(keys[4:], X[4:8], Times(1000).draw)
     np.testing.assert_array_equal(t[4:], t_half)
     np.testing.assert_array_equal(noise[4:], noise_half)
     assert len(set(np.asarray(t))) > 1
