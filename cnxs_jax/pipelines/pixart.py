@@ -30,6 +30,9 @@ class PixArtAlphaPipeline(Pipeline):
         "vae": ("diffusers", "AutoencoderKL"),
     }
     networks = ("transformer", "vae", "text_encoder")
+    controlled = {
+        "PixArtControlNetAdapterModel": ("PixArtAlphaControlnetPipeline", "official"),
+    }
     sharding_rules = {"transformer": sharding.DIT_RULES}
     steps = 20
     guidance_scale = 4.5
@@ -64,6 +67,10 @@ class PixArtAlphaPipeline(Pipeline):
         null = MAX_TOKENS if self.null_text is None else len(self.null_text)
         return min(MAX_TOKENS, self.tokenizer.model_max_length, null)
 
+    def clean(self, text):
+        """The text as PixArt was trained on it."""
+        return clean_caption(text)
+
     def _null(self, request):
         if self.null_text is not None and request.negatives is None:
             null = self.null_text[: self.max_tokens]
@@ -76,7 +83,7 @@ class PixArtAlphaPipeline(Pipeline):
 
     def _embed(self, texts):
         """Encoded text [B,L,D] and mask [B,L] of a list of texts."""
-        texts = [clean_caption(text) for text in texts]  # as in PixArt's training
+        texts = [self.clean(text) for text in texts]
         ids, mask = texts_to_tokens.tokenize(self.tokenizer, texts, self.max_tokens)
         ids, mask = jnp.asarray(ids), jnp.asarray(mask)
         text = encode_text(*self.components["text_encoder"], *self._rows((ids, mask)))

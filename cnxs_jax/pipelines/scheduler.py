@@ -21,6 +21,8 @@ _MODEL_KEYS = (
     "beta_schedule",
     "trained_betas",
     "prediction_type",
+    "steps_offset",
+    "set_alpha_to_one",
 )
 # Written out because diffusers' defaults for them clip predictions, which no latent model wants.
 _NO_CLIP = {"DDIMScheduler": {"clip_sample": False}, "DDPMScheduler": {"clip_sample": False}}
