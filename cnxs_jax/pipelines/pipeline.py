@@ -87,6 +87,7 @@ def load_pipeline(
     options = {name: index[name] for name in family.default_options if name in index}
     tokenizer = tokenizers if len(tokenizers) > 1 else tokenizers[0]
     pipe = family(components, tokenizer, config, null, mesh, options=options)
+    pipe.check()
     if control is None and compat is not None:
         control = directory / CONTROL
     if control is None:

@@ -2,7 +2,6 @@
 
 import jax.numpy as jnp
 
-from cnxs_jax import sharding
 from cnxs_jax.data import text as texts_to_tokens
 from cnxs_jax.errors import ConfigError
 from cnxs_jax.pipelines.base import Pipeline, encode_text, repeated
@@ -39,6 +38,17 @@ class StableDiffusionPipeline(Pipeline):
     steps = 50
     guidance_scale = 7.5
     load_tokenizer = staticmethod(texts_to_tokens.load_tokenizer)
+
+    def check(self):
+        """Raises ConfigError where the text encoders do not make what the UNet reads."""
+        encoders = [c.module for n, c in self.components.items() if n.startswith("text_encoder")]
+        width, read = sum(e.hidden_size for e in encoders), self.components["unet"].module
+        if width != read.cross_attention_dim:
+            raise ConfigError(
+                f"text of width {width}, the UNet reads {read.cross_attention_dim}",
+                self.class_name,
+                "the directory mixes parts of different models",
+            )
 
     def defaults(self):
         """(steps, guidance scale) of a call that names none."""
@@ -137,16 +147,3 @@ class StableDiffusionXLPipeline(StableDiffusionPipeline):
         if request.negatives is None and self.option("force_zeros_for_empty_prompt"):
             return {name: jnp.zeros_like(value) for name, value in found.items()}
         return found
-
-
-def check_widths(pipe):
-    """Raises ConfigError where the text encoders do not make what the UNet reads."""
-    unet = pipe.components["unet"].module
-    encoders = [c.module for n, c in pipe.components.items() if n.startswith("text_encoder")]
-    width = sum(module.hidden_size for module in encoders)
-    if width != unet.cross_attention_dim:
-        raise ConfigError(
-            f"text of width {width}, the UNet reads {unet.cross_attention_dim}",
-            pipe.class_name,
-            "the directory mixes parts of different models",
-        )
