@@ -1,4 +1,4 @@
-"""Paint-with-words in the UNet: nothing painted is no painting, a mask draws attention to itself."""
+"""Paint-with-words in the UNet: nothing painted is no painting, a mask draws attention."""
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,9 @@ def condition(mask=None, weight=0.5, sigma=5.0):
     if mask is None:
         return cond
     words = {"word_mask": mask, "word_tokens": TOKENS}
-    return cond | words | {"word_weight": np.full(B, weight, "f4"), "sigma": np.full(B, sigma, "f4")}
+    return (
+        cond | words | {"word_weight": np.full(B, weight, "f4"), "sigma": np.full(B, sigma, "f4")}
+    )
 
 
 @pytest.fixture(scope="module")
