@@ -250,18 +250,17 @@ class Pipeline:
         requests.refuse_parts(self.class_name, lora=lora, experts=experts)
         config = self.scheduler if scheduler is None else override(self.scheduler, scheduler)
         solvers.from_config(config, 1)  # an unusable scheduler is found now, not at the first call
-        changed = dataclasses.replace(self, scheduler=config)
-        return changed if control is None else changed.with_control(control)
-
-    def with_control(self, control, dtype=None, compat="official"):
-        """Another pipeline with these controllers instead of its own; see `load_pipeline`."""
-        base = self.components[self.denoiser]
-        found = controls.open_controllers(control, dtype or base.module.dtype, compat)
-        controls.attach(base, found)  # one that does not fit is found now
-        return dataclasses.replace(self, controllers=found)
+        controllers = self.controllers
+        if control is not None:
+            dtype = self.components[self.denoiser].module.dtype
+            controllers = controls.open_controllers(control, dtype, mesh=self.mesh)
+        changed = dataclasses.replace(self, scheduler=config, controllers=controllers)
+        changed.check()
+        return changed
 
     def check(self):
-        """Raises ConfigError where components do not belong together."""
+        """Raises ConfigError where components or controllers do not belong together."""
+        controls.attach(self.components[self.denoiser], self.controllers)
 
     def defaults(self):
         """(steps, guidance scale) of a call that names none."""

@@ -54,8 +54,8 @@ class Control:
         return own[0] if height is None else height, own[1] if width is None else width
 
 
-def open_controllers(given, dtype=None, compat="official"):
-    """A tuple of `Controller`, none or more.
+def open_controllers(given, dtype=None, compat="official", mesh=None):
+    """A tuple of `Controller`, none or more, on the device or the mesh.
 
     Args:
         given: None; a directory or file of an adapter; a pair (module, params) or a `Controller`;
@@ -66,7 +66,7 @@ def open_controllers(given, dtype=None, compat="official"):
         ConfigError: something else.
         CheckpointError: files that are missing or damaged.
     """
-    from cnxs_jax.pipelines.load import load_model
+    from cnxs_jax.pipelines.load import load_model, place
 
     def one(item):
         if isinstance(item, Controller):
@@ -80,9 +80,9 @@ def open_controllers(given, dtype=None, compat="official"):
             "control",
         )
 
-    if given is None:
-        return ()
-    return tuple(one(item) for item in (given if isinstance(given, list) else [given]))
+    items = given if isinstance(given, list) else [] if given is None else [given]
+    found = [one(item) for item in items]
+    return tuple(c._replace(params=place(c.params, mesh)) for c in found)
 
 
 def attach(base, controllers):

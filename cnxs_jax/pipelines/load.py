@@ -5,6 +5,7 @@ import os
 import tempfile
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -53,6 +54,15 @@ def load_model(path, component=None, config=None, dtype=None):
     flat = tree.flatten(params)
     del params
     return module, tree.unflatten({name: jnp.asarray(flat.pop(name)) for name in list(flat)})
+
+
+def place(params, mesh, rules=()):
+    """Parameters on the device, or split over the mesh."""
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, params)
+    from cnxs_jax import sharding
+
+    return jax.device_put(params, sharding.shardings(params, mesh, rules))
 
 
 def open_model(path, component=None, config=None, dtype=None):

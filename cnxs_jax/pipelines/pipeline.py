@@ -1,6 +1,5 @@
 """Opening and writing pipelines in diffusers' directory layout (`model_index.json`)."""
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -8,7 +7,6 @@ import re
 import shutil
 import tempfile
 
-import jax
 import jax.numpy as jnp
 
 from cnxs_jax.convert.families import family_of_module
@@ -16,7 +14,8 @@ from cnxs_jax.diffusion import solvers
 from cnxs_jax.errors import CheckpointError, ConfigError, did_you_mean
 from cnxs_jax.pipelines import scheduler as schedulers
 from cnxs_jax.pipelines.base import Component, Pipeline
-from cnxs_jax.pipelines.load import load_model, load_null_caption, save_model
+from cnxs_jax.pipelines.control import open_controllers
+from cnxs_jax.pipelines.load import load_model, load_null_caption, place, save_model
 from cnxs_jax.pipelines.pixart import PixArtAlphaPipeline
 from cnxs_jax.pipelines.request import refuse_parts
 from cnxs_jax.pipelines.stable_diffusion import (
@@ -75,6 +74,9 @@ def load_pipeline(
     if scheduler is not None:
         config = schedulers.override(config, scheduler)
     solvers.from_config(config, 1)  # an unusable scheduler is found before weights are read
+    if control is None and compat is not None:
+        control = directory / CONTROL
+    controllers = open_controllers(control, compute, compat or "official", mesh)
     tokenizers = tuple(family.load_tokenizer(directory / name) for name in family.tokenizers)
     components = {}
     for name in family.networks:
@@ -82,19 +84,13 @@ def load_pipeline(
         own = jnp.float32 if name == "vae" else compute
         module, params = load_model(directory / name, dtype=own)
         rules = family.sharding_rules.get(name, ())
-        components[name] = Component(module, _place(params, mesh, rules))
+        components[name] = Component(module, place(params, mesh, rules))
     null = _null_text(directory, family, components)
     options = {name: index[name] for name in family.default_options if name in index}
     tokenizer = tokenizers if len(tokenizers) > 1 else tokenizers[0]
-    pipe = family(components, tokenizer, config, null, mesh, options=options)
+    pipe = family(components, tokenizer, config, null, mesh, controllers, options)
     pipe.check()
-    if control is None and compat is not None:
-        control = directory / CONTROL
-    if control is None:
-        return pipe
-    pipe = pipe.with_control(control, compute, compat or "official")
-    placed = (c._replace(params=_place(c.params, mesh, ())) for c in pipe.controllers)
-    return dataclasses.replace(pipe, controllers=tuple(placed))
+    return pipe
 
 
 def save_pipeline(pipe, path, dtype=None):
@@ -258,15 +254,6 @@ def _family(index, directory):
         str(directory / INDEX),
         f"supported: {', '.join(known)}",
     )
-
-
-def _place(params, mesh, rules):
-    """Parameters on the device, or split over the mesh."""
-    if mesh is None:
-        return jax.tree.map(jnp.asarray, params)
-    from cnxs_jax import sharding
-
-    return jax.device_put(params, sharding.shardings(params, mesh, rules))
 
 
 def _null_text(directory, family, components):

@@ -40,7 +40,8 @@ class StableDiffusionPipeline(Pipeline):
     load_tokenizer = staticmethod(texts_to_tokens.load_tokenizer)
 
     def check(self):
-        """Raises ConfigError where the text encoders do not make what the UNet reads."""
+        """Raises ConfigError where text encoders, UNet and controllers do not fit together."""
+        super().check()
         encoders = [c.module for n, c in self.components.items() if n.startswith("text_encoder")]
         width, read = sum(e.hidden_size for e in encoders), self.components["unet"].module
         if width != read.cross_attention_dim:
