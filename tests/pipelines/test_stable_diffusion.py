@@ -65,14 +65,13 @@ def test_defaults_are_those_of_diffusers(pipe, xl):
     assert pipe.defaults() == (50, 7.5)
     assert xl.defaults() == (50, 5.0)
     assert pipe.replace(scheduler="lcm").defaults() == (4, 0.0)
-    # What a model's times start from stays with another solver, as `from_config` of diffusers has it.
+    # Where a model's times start stays with another solver, as diffusers' `from_config` has it.
     assert pipe.replace(scheduler="ddim").scheduler["steps_offset"] == 1
 
 
-def test_text_of_another_width_is_refused(pipe, xl, tmp_path):
-    mixed = base.dataclasses.replace(
-        pipe, components=pipe.components | {"unet": xl.components["unet"]}
-    )
+def test_text_of_another_width_is_refused(pipe, xl):
+    parts = pipe.components | {"unet": xl.components["unet"]}
+    mixed = base.dataclasses.replace(pipe, components=parts)
     with pytest.raises(ConfigError, match="text of width 16, the UNet reads 40"):
         mixed.check()
 

@@ -105,28 +105,33 @@ class Adapter(nn.Module):
     hint_factor = 2
 
     @nn.compact
-    def __call__(self, hint):
-        return nn.Conv(4, (2, 2), (2, 2), name="conv")(hint)
+    def __call__(self, hint, scale):
+        return nn.Conv(4, (2, 2), (2, 2), name="conv")(hint) * scale[:, None, None, None]
 
     @staticmethod
     def wrap(base, adapters, compat="official"):
-        return Controlled(base, adapters)
+        several = isinstance(adapters, tuple)
+        return Controlled(base, Adapters(adapters) if several else adapters)
+
+
+class Adapters(nn.Module):
+    """Several of them."""
+
+    adapters: tuple
+
+    def __call__(self, hints, scales):
+        rows = zip(self.adapters, hints, scales, strict=True)
+        return sum(adapter(hint, scale) for adapter, hint, scale in rows)
 
 
 class Controlled(nn.Module):
-    """The base and one `Adapter` or a tuple of them."""
+    """The base with one `Adapter` or several."""
 
     base: nn.Module
-    control: nn.Module | tuple
+    control: nn.Module
 
     def __call__(self, x, t, cond):
-        out = self.base(x, t, cond)
-        several = isinstance(self.control, tuple)
-        hints, scales = cond["hint"], cond["control_scale"]
-        rows = zip(self.control, hints, scales, strict=True) if several else [
-            (self.control, hints, scales)
-        ]  # fmt: skip
-        return out + sum(a(h) * s[:, None, None, None] for a, h, s in rows)
+        return self.base(x, t, cond) + self.control(cond["hint"], cond["control_scale"])
 
     def prepare(self, cond):
         return self.base.prepare(cond)
@@ -135,7 +140,7 @@ class Controlled(nn.Module):
 def adapter(seed=0):
     """`(module, params)` of an `Adapter`."""
     module = Adapter()
-    return module, perturbed(module, jnp.zeros((1, SIDE, SIDE, 3)), seed=seed)
+    return module, perturbed(module, jnp.zeros((1, SIDE, SIDE, 3)), jnp.ones((1,)), seed=seed)
 
 
 def ramp(height=SIDE, width=SIDE):
