@@ -215,15 +215,9 @@ class Pipeline:
                 "latents",
             )
         table = self.table(request.steps)
-        extra, null = self._words(request, shape[:2])
         if control is not None:
             table = table.with_control(control.start, control.end)
-            extra |= controls.condition(
-                control, self.controllers, shape[:2], self.components["vae"], request
-            )
-        cond = self.encode(request, drawn) | extra
-        if "null" in cond:
-            cond["null"] = cond["null"] | null
+        cond = self._condition(request, control, drawn, shape[:2])
         noise, keys = draw(request.seeds, request.indices, shape)
         noise = noise if request.latents is None else jnp.asarray(request.latents)
         network = controls.attach(self.components[self.denoiser], self.controllers)
@@ -234,6 +228,8 @@ class Pipeline:
         requests.check_finite(out, request)
         scheduler = self.scheduler["_class_name"]
         parameters = requests.parameters(request, size, scheduler, self.class_name)
+        if control is not None:
+            parameters = [row | control.parameters for row in parameters]
         if request.output_type == "latent":
             return Result(out, parameters)
         out = np.clip(out, 0.0, 1.0)
@@ -312,6 +308,17 @@ class Pipeline:
     def clean(self, text):
         """A text as it is tokenised."""
         return text
+
+    def _condition(self, request, control, size, latent_size):
+        """The family's condition with painted words and control added."""
+        words, null = self._words(request, latent_size)
+        if control is not None:  # before any text is encoded: a picture may be refused
+            vae = self.components["vae"]
+            words |= controls.condition(control, self.controllers, latent_size, vae, request)
+        cond = self.encode(request, size) | words
+        if "null" in cond:
+            cond["null"] = cond["null"] | null
+        return cond
 
     def _words(self, request, latent_size):
         """(condition, its unconditional part) of painted words; empty where nothing is painted."""

@@ -46,6 +46,15 @@ class Control:
     start: Any
     end: Any
 
+    @property
+    def parameters(self):
+        """What draws an image again, beside its picture."""
+        return {
+            "controlnet_conditioning_scale": list(self.scales),
+            "control_guidance_start": self.start,
+            "control_guidance_end": self.end,
+        }
+
     def sides(self, height, width, multiple):
         """(H, W) asked for, or those of the first picture, rounded down to the multiple."""
         first = self.pictures[0][0]

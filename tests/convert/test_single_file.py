@@ -107,7 +107,7 @@ def test_component_and_config_are_asked_for(made):
     _, file = made["sdxl"]
     with pytest.raises(ConfigError, match="several components: unet, vae, text_encoder, text_en"):
         load.load_model(file)
-    with pytest.raises(ConfigError, match="several components"):
+    with pytest.raises(ConfigError, match="no component 'transformer', there are: unet"):
         load.load_model(file, "transformer")
     with pytest.raises(ConfigError, match=r"no published unet.*\(8, 4, 3, 3\)"):
         load.load_model(file, "unet")
