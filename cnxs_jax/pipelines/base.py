@@ -190,16 +190,8 @@ class Pipeline:
             output_type=output_type,
             word_masks=word_masks,
         )
-        control = None
-        if self.controllers:
-            control = controls.check(
-                self.controllers,
-                image,
-                controlnet_conditioning_scale,
-                control_guidance_start,
-                control_guidance_end,
-                request,
-            )
+        wanted = (given[name] for name in _CONTROL)
+        control = controls.check(self.controllers, *wanted, request) if self.controllers else None
         return self._draw(request, control)
 
     def _draw(self, request, control):
