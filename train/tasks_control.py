@@ -10,6 +10,7 @@ import numpy as np
 
 from cnxs_jax import control
 from cnxs_jax.control.controlnet_transformer import ControlNetTransformer, from_base
+from cnxs_jax.control.hints import line_art
 from cnxs_jax.diffusion import guidance, sampling, solvers
 from train import inputs, objectives, validate
 from train.loop import Task
@@ -49,8 +50,7 @@ ARRAYS = ("image", "edges")
 
 def edge_image(edges):
     """Edge map [B,H,W], bool or 0/1 -> uint8 picture [B,H,W,3], white on black."""
-    picture = jnp.where(edges > 0, 255, 0).astype(jnp.uint8)
-    return jnp.repeat(picture[..., None], 3, axis=-1)
+    return (255 * line_art(edges)).astype(jnp.uint8)
 
 
 def controller(config):

@@ -28,12 +28,8 @@ def main(argv=None):
         return show(args)
     if args.dst is None:
         raise ConfigError("DST is missing", "command line", "give where to write, or --list")
-    if args.to == "diffusers" and args.component is None and is_pipeline(args.src):
-        from cnxs_jax.pipelines.pipeline import load_pipeline, save_pipeline
-
-        save_pipeline(load_pipeline(args.src), args.dst, args.dtype)
-        print(f"{args.dst}: the whole pipeline, diffusers layout")
-        return 0
+    if args.component is None and is_pipeline(args.src):
+        return convert_pipeline(args)
     module, params = load.load_model(args.src, args.component, args.config)
     null = None
     if type(module).__name__ == "PixArt":
@@ -43,6 +39,17 @@ def main(argv=None):
     save = load.save_model if args.to == "diffusers" else load.save_official
     save(module, params, args.dst, dtype=args.dtype, null_caption=null)
     print(f"{args.dst}: {type(module).__name__}, {args.to} layout")
+    return 0
+
+
+def convert_pipeline(args):
+    """A whole pipeline: diffusers' layout, or Stable Diffusion's single file."""
+    from cnxs_jax.pipelines.pipeline import load_pipeline, save_pipeline
+    from cnxs_jax.pipelines.single_file import save_single_file
+
+    save = save_pipeline if args.to == "diffusers" else save_single_file
+    save(load_pipeline(args.src), args.dst, args.dtype)
+    print(f"{args.dst}: the whole pipeline, {args.to} layout")
     return 0
 
 

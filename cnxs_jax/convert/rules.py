@@ -37,12 +37,15 @@ class Rule:
 
     Templates are names with `{n}` (an index), `{p}` (weight or bias) and `{rest}` (anything). With
     several targets the tensor is split into equal parts along its first axis. `squeeze` takes a
-    1x1 convolution [o, i, 1, 1] to the linear layer [o, i] that it is.
+    1x1 convolution [o, i, 1, 1] to the linear layer [o, i] that it is; `conv` does so, too, and
+    writes the convolution. `transpose` is for a matrix that the layout stores as [i, o].
     """
 
     source: str
     targets: tuple[str, ...]
     squeeze: bool = False
+    conv: bool = False
+    transpose: bool = False
 
 
 @dataclass(frozen=True)
@@ -224,8 +227,10 @@ def apply_rules(source, array, rules, problems):
         if not match:
             continue
         keys = [target.format(**match.groupdict()) for target in rule.targets]
-        if rule.squeeze and array.ndim == 4 and array.shape[2:] == (1, 1):
+        if (rule.squeeze or rule.conv) and array.ndim == 4 and array.shape[2:] == (1, 1):
             array = array[:, :, 0, 0]
+        if rule.transpose:
+            array = array.T
         if len(keys) == 1:
             return [(keys[0], array)]
         if array.ndim == 0 or array.shape[0] % len(keys):
@@ -261,6 +266,8 @@ def from_diffusers(named, table, problems):
             match = regex.fullmatch(key)
             if match:
                 source = rule.source.format(**match.groupdict())
+                array = array[:, :, None, None] if rule.conv and array.ndim == 2 else array
+                array = array.T if rule.transpose else array
                 parts.setdefault((source, len(rule.targets)), {})[i] = array
                 break
         else:

@@ -142,9 +142,9 @@ def model_fields(config):
         "beta_schedule": "scaled_linear" if lcm else "linear",
         "prediction_type": "epsilon",
     }
-    trained = config.get("trained_betas")
     fields = {name: config.get(name, default) for name, default in defaults.items()}
-    return fields if trained is None else {**fields, "trained_betas": trained}
+    kept = ("trained_betas", "steps_offset", "set_alpha_to_one")
+    return fields | {name: config[name] for name in kept if config.get(name) is not None}
 
 
 def from_config(config):

@@ -8,6 +8,7 @@ field that no scheduler knows.
 
 from cnxs_jax.diffusion import schedule as schedules
 from cnxs_jax.diffusion import solvers
+from cnxs_jax.diffusion.plms import plms
 from cnxs_jax.errors import ConfigError, did_you_mean
 
 _SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
@@ -67,6 +68,13 @@ _CLASSES = {
         | {"solver_order": "order", "lower_order_final": "lower_order_final"}
         | {"use_karras_sigmas": "karras"},
         _UNSUPPORTED | _NO_GRIDS | {"algorithm_type": ("deis", "dpmsolver", "dpmsolver++")},
+    ),
+    "PNDMScheduler": (
+        plms,
+        _SPACING
+        | _PREDICTION
+        | {"set_alpha_to_one": "final_alpha", "skip_prk_steps": "skip_prk_steps"},
+        _UNSUPPORTED,
     ),
     "LCMScheduler": (
         solvers.lcm,

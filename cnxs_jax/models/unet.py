@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from cnxs_jax.errors import ConfigError
 from cnxs_jax.models.conv import Conv, GroupNorm
 from cnxs_jax.models.layers import TimestepEmbedding, sinusoid
+from cnxs_jax.models.painting import paint_at
 from cnxs_jax.models.unet_blocks import Level
 
 DOWN = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
@@ -36,8 +37,9 @@ class UNet(nn.Module):
     Reads `text` [B,L,cross_attention_dim] and, if there, `text_mask` [B,L] (Stable Diffusion's
     pipelines attend to the padding, too, and give none). With `addition_embed_type` "text_time":
     `pooled` [B,P] and `time_ids` [B,N]. With `time_cond_proj_dim`: `guidance` [B], LCM's omega,
-    the guidance scale minus one (arXiv 2310.04378). Any height and width: sizes that do not halve
-    evenly are rounded up on the way down and met again on the way up.
+    the guidance scale minus one (arXiv 2310.04378). Painted words as `painting` describes. Any
+    height and width: sizes that do not halve evenly are rounded up on the way down and met again
+    on the way up.
 
     Args:
         attention_head_dim: the number of heads, in spite of its name in diffusers; one for all
@@ -193,14 +195,14 @@ class UNet(nn.Module):
         level = self.down_blocks[i]
         if j == level.num_resnets:
             return level.downsample(h)
-        return level.layer(j, h, temb, cond["prepared"]["down"][i], cond.get("text_mask"))
+        return level.layer(j, h, temb, cond["prepared"]["down"][i], *words(cond, h))
 
     def mid(self, h, temb, cond):
         """Resnet, transformer, resnet at the lowest resolution."""
         if not self.mid_block_type:
             return h
         kv = cond["prepared"]["mid"]
-        h = self.mid_block.layer(0, h, temb, kv, cond.get("text_mask"))
+        h = self.mid_block.layer(0, h, temb, kv, *words(cond, h))
         return self.mid_block.layer(1, h, temb, kv)
 
     def up(self, k, h, skips, temb, cond):
@@ -208,7 +210,7 @@ class UNet(nn.Module):
         i, j = self.up_stages[k]
         level, skip = self.up_blocks[i], skips[-1 - k]
         h = jnp.concatenate([h, skip.astype(h.dtype)], axis=-1)
-        h = level.layer(j, h, temb, cond["prepared"]["up"][i], cond.get("text_mask"))
+        h = level.layer(j, h, temb, cond["prepared"]["up"][i], *words(cond, h))
         if j + 1 < level.num_resnets or k + 1 == self.num_stages:
             return h
         return level.upsample(h, skips[-2 - k].shape[1:3])
@@ -285,6 +287,11 @@ class UNet(nn.Module):
                 "projection_class_embeddings_input_dim",
                 where,
             )
+
+
+def words(cond, h):
+    """(attention mask of the text, `Paint` at the size of `h` [B,H,W,C]); each may be None."""
+    return cond.get("text_mask"), paint_at(cond, h.shape[1:3], cond["text"].shape[1])
 
 
 def read(cond, key, width=None):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from cnxs_jax.models.attention import attention
 from cnxs_jax.models.conv import Conv, Downsample, GroupNorm, ResnetBlock, Upsample
 from cnxs_jax.models.layers import Attention, Dense
+from cnxs_jax.models.painting import score_bias
 
 
 def rematerialised(block, remat):
@@ -51,7 +52,10 @@ class FeedForward(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention to given keys and values, which `keys_values` makes of a context."""
+    """Attention to given keys and values, which `keys_values` makes of a context.
+
+    `paint` moves the scores towards painted words, see `painting`.
+    """
 
     num_heads: int
     head_dim: int
@@ -69,9 +73,10 @@ class CrossAttention(nn.Module):
         """([B,S,H,D], [B,S,H,D])."""
         return self._heads(self.to_k(context_BxSxD)), self._heads(self.to_v(context_BxSxD))
 
-    def __call__(self, x_BxLxC, kv, mask_BxS=None):
+    def __call__(self, x_BxLxC, kv, mask_BxS=None, paint=None):
         q = self._heads(self.to_q(x_BxLxC))
-        out = attention(q, *kv, mask_BxS=mask_BxS, impl=self.impl)
+        bias = None if paint is None else score_bias(paint, q, kv[0], mask_BxS)
+        out = attention(q, *kv, mask_BxS=mask_BxS, bias=bias, impl=self.impl)
         return self.to_out_0(out.reshape(*x_BxLxC.shape[:2], -1))
 
     def _heads(self, h):
@@ -97,9 +102,9 @@ class TransformerBlock(nn.Module):
         """What `__call__` needs of the text."""
         return self.attn2.keys_values(text_BxSxD)
 
-    def __call__(self, x_BxLxC, kv, mask_BxS=None):
+    def __call__(self, x_BxLxC, kv, mask_BxS=None, paint=None):
         x = x_BxLxC + self.attn1(self.norm1(x_BxLxC))
-        x = x + self.attn2(self.norm2(x), kv, mask_BxS)
+        x = x + self.attn2(self.norm2(x), kv, mask_BxS, paint)
         return x + self.ff(self.norm3(x))
 
 
@@ -143,11 +148,11 @@ class SpatialTransformer(nn.Module):
         """(keys, values) of every block."""
         return tuple(block.keys_values(text_BxSxD) for block in self.transformer_blocks)
 
-    def __call__(self, x_BxHxWxC, kv, mask_BxS=None):
+    def __call__(self, x_BxHxWxC, kv, mask_BxS=None, paint=None):
         B, H, W, _ = x_BxHxWxC.shape
         h = self.proj_in(self.norm(x_BxHxWxC)).reshape(B, H * W, -1)
         for block, block_kv in zip(self.transformer_blocks, kv, strict=True):
-            h = block(h, block_kv, mask_BxS)
+            h = block(h, block_kv, mask_BxS, paint)
         return x_BxHxWxC + self.proj_out(h.reshape(B, H, W, -1))
 
 
@@ -212,10 +217,10 @@ class Level(nn.Module):
             return ()
         return tuple(transformer.keys_values(text_BxSxD) for transformer in self.attentions)
 
-    def layer(self, j, h, temb_BxE, kv, mask_BxS=None):
-        """Resnet `j` and, where it has one, its transformer."""
+    def layer(self, j, h, temb_BxE, kv, mask_BxS=None, paint=None):
+        """Resnet `j` and, where it has one, its transformer; `paint`: a `Paint` at this size."""
         h = self.resnets[j](h, temb_BxE)
-        return self.attentions[j](h, kv[j], mask_BxS) if j < self.attended else h
+        return self.attentions[j](h, kv[j], mask_BxS, paint) if j < self.attended else h
 
     def downsample(self, h):
         """To half the size, rounded up."""

@@ -15,23 +15,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cnxs_jax.control.paint import word_condition
 from cnxs_jax.diffusion import guidance, sampling, solvers
-from cnxs_jax.errors import ConfigError, NumericsError
+from cnxs_jax.errors import ConfigError
+from cnxs_jax.pipelines import control as controls
 from cnxs_jax.pipelines import images as pictures
 from cnxs_jax.pipelines import request as requests
 from cnxs_jax.pipelines.scheduler import is_lcm, override
 from cnxs_jax.pipelines.sizes import check_side, resize_and_crop
 
-# Arguments of `__call__` that need a part that no pipeline of this family has, and their defaults.
+# Arguments of `__call__` that need a part, and their defaults: a controller, an expert ensemble.
 _CONTROL = {
     "image": None,
     "controlnet_conditioning_scale": 1.0,
     "control_guidance_start": 0.0,
     "control_guidance_end": 1.0,
-    "word_masks": None,
-    "style_image": None,
-    "style_scale": None,
 }
+_STYLE = {"style_image": None, "style_scale": None}
 
 
 class Component(NamedTuple):
@@ -89,10 +89,12 @@ class Pipeline:
 
     Attributes:
         components: {name: Component}, diffusers' names.
-        tokenizer: turns texts into ids and a mask on the host.
+        tokenizer: turns texts into ids and a mask on the host; a tuple where there are several.
         scheduler: a diffusers scheduler config (with `_class_name`).
         null_text: [L,D] learned unconditional caption, or None for the empty prompt.
         mesh: devices that share parameters and batch, or None for one device.
+        controllers: what is attached to the denoiser, a tuple of `control.Controller`.
+        options: entries of model_index.json that are no components.
     """
 
     components: dict
@@ -100,10 +102,16 @@ class Pipeline:
     scheduler: dict
     null_text: Any = None
     mesh: Any = None
+    controllers: tuple = ()
+    options: dict = dataclasses.field(default_factory=dict)
 
     class_name: ClassVar[str]  # diffusers' name of the family
     classes: ClassVar[dict]  # {directory: (library, class)} of model_index.json
     networks: ClassVar[tuple]  # the directories that hold networks
+    tokenizers: ClassVar[tuple] = ("tokenizer",)
+    default_options: ClassVar[dict] = {}
+    # {class of an adapter: diffusers' pipeline class with it, whose computation that one follows}
+    controlled: ClassVar[dict] = {}
     denoiser: ClassVar[str]  # the one that samples
     steps: ClassVar[int] = 20
     guidance_scale: ClassVar[float] = 7.5
@@ -133,12 +141,20 @@ class Pipeline:
         Args:
             prompt: a text or a list of texts, at most 2000 characters each; "" is unconditional.
             negative_prompt: a text, or one a prompt, that takes the unconditional half's place.
-            image, controlnet_conditioning_scale, control_guidance_start, control_guidance_end,
-            word_masks, style_image, style_scale: need a controller or an expert ensemble.
+            image: with a controller, its control picture or a list of them, see `control.check`;
+                for several controllers a list with one of these each.
+            controlnet_conditioning_scale: factor on what the controller adds; 0 is the controlled
+                network with nothing added, which is the base only if the controller leaves its
+                time embedding alone.
+            control_guidance_start, control_guidance_end: the controller acts on steps i of n with
+                i/n >= start and (i+1)/n <= end. All three may be lists, one entry a controller.
+            word_masks: {phrase of the prompt: mask [h,w] in [0,1] or (mask, weight)}, or a list of
+                such dicts, one a prompt (`cnxs_jax.control.paint`). A mask of zeros is no painting.
+            style_image, style_scale: need an expert ensemble.
             num_inference_steps: rows of the solver; the family's default, 4 with LCM.
             guidance_scale: w of eps_u + w (eps_c - eps_u) (Imagen, equation 2), off if w <= 1;
                 the family's default, 0 with LCM.
-            height, width: pixels.
+            height, width: pixels; the model's own unless given, with a controller its picture's.
             num_images_per_prompt: images of one prompt are neighbours in the result.
             seed: a number: image n uses fold_in(key(seed), n). A list has one entry an image:
                 a number s stands for fold_in(key(s), 0), the first image of seed s, and a pair
@@ -154,13 +170,13 @@ class Pipeline:
             NumericsError: the networks' output is not finite.
         """
         given = locals()
+        unused = _STYLE if self.controllers else _CONTROL | _STYLE
         requests.refuse_unused(
-            {name: given[name] for name in _CONTROL},
-            _CONTROL,
+            {name: given[name] for name in unused},
+            unused,
             "this pipeline was loaded without a controller or expert ensemble",
         )
-        few = is_lcm(self.scheduler)
-        defaults = (4, 0.0) if few else (self.steps, self.guidance_scale)
+        defaults = self.defaults()
         request = requests.check(
             prompt=prompt,
             negative_prompt=negative_prompt,
@@ -172,12 +188,18 @@ class Pipeline:
             seed=seed,
             latents=latents,
             output_type=output_type,
+            word_masks=word_masks,
         )
+        wanted = (given[name] for name in _CONTROL)
+        control = controls.check(self.controllers, *wanted, request) if self.controllers else None
         with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
-            return self._draw(request)
+            return self._draw(request, control)
 
-    def _draw(self, request):
-        size, drawn = self.sizes(request.height, request.width)
+    def _draw(self, request, control):
+        height, width = request.height, request.width
+        if control is not None:
+            height, width = control.sides(height, width, self.multiple)
+        size, drawn = self.sizes(height, width)
         shape = self.latent_shape(drawn)
         if request.latents is not None and request.latents.shape[1:] != shape:
             raise ConfigError(
@@ -186,16 +208,21 @@ class Pipeline:
                 "latents",
             )
         table = self.table(request.steps)
-        cond = self.encode(request, drawn)
+        if control is not None:
+            table = table.with_control(control.start, control.end)
+        cond = self._condition(request, control, drawn, shape[:2])
         noise, keys = draw(request.seeds, request.indices, shape)
         noise = noise if request.latents is None else jnp.asarray(request.latents)
-        network = self.components[self.denoiser]
+        network = controls.attach(self.components[self.denoiser], self.controllers)
         out = denoise(*network, *self._rows((noise, cond)), table, self._rows(keys))
         if request.output_type != "latent":
             out = decode(*self.components["vae"], out, size)
         out = np.asarray(out, np.float32)[: request.batch]
-        _check_finite(out, request)
-        parameters = self._parameters(request, size)
+        requests.check_finite(out, request)
+        scheduler = self.scheduler["_class_name"]
+        parameters = requests.parameters(request, size, scheduler, self.class_name)
+        if control is not None:
+            parameters = [row | control.parameters for row in parameters]
         if request.output_type == "latent":
             return Result(out, parameters)
         out = np.clip(out, 0.0, 1.0)
@@ -206,12 +233,31 @@ class Pipeline:
 
         Args:
             scheduler: as in `load_pipeline`.
-            control, lora, experts: parts that this family cannot take yet raise ConfigError.
+            control: as in `load_pipeline`; an empty list takes the controllers off.
+            lora, experts: parts that this family cannot take yet raise ConfigError.
         """
-        refuse_parts(self.class_name, control=control, lora=lora, experts=experts)
+        requests.refuse_parts(self.class_name, lora=lora, experts=experts)
         config = self.scheduler if scheduler is None else override(self.scheduler, scheduler)
         solvers.from_config(config, 1)  # an unusable scheduler is found now, not at the first call
-        return dataclasses.replace(self, scheduler=config)
+        controllers = self.controllers
+        if control is not None:
+            dtype = self.components[self.denoiser].module.dtype
+            controllers = controls.open_controllers(control, dtype, mesh=self.mesh)
+        changed = dataclasses.replace(self, scheduler=config, controllers=controllers)
+        changed.check()
+        return changed
+
+    def check(self):
+        """Raises ConfigError where components or controllers do not belong together."""
+        controls.attach(self.components[self.denoiser], self.controllers)
+
+    def defaults(self):
+        """(steps, guidance scale) of a call that names none."""
+        return (4, 0.0) if is_lcm(self.scheduler) else (self.steps, self.guidance_scale)
+
+    def option(self, name):
+        """An entry of model_index.json that is no component."""
+        return {**self.default_options, **self.options}[name]
 
     def table(self, steps):
         """The solver's table for this many steps, made on the host in float64."""
@@ -221,6 +267,11 @@ class Pipeline:
     def factor(self):
         """Pixels a latent: the VAE's downsampling."""
         return self.components["vae"].module.downsample_factor
+
+    @property
+    def multiple(self):
+        """What the sides in pixels must be multiples of."""
+        return self.factor * getattr(self.components[self.denoiser].module, "patch_size", 1)
 
     def latent_shape(self, size):
         """(h, w, C) of the latents of one picture."""
@@ -234,8 +285,7 @@ class Pipeline:
 
     def sizes(self, height, width):
         """((H, W) of the result, (H, W) that the network draws) for the sides asked for."""
-        size = self.asked_size(height, width)
-        multiple = self.factor * getattr(self.components[self.denoiser].module, "patch_size", 1)
+        size, multiple = self.asked_size(height, width), self.multiple
         for name, side in zip(("height", "width"), size, strict=True):
             check_side(name, side, multiple)
         return size, size
@@ -243,6 +293,35 @@ class Pipeline:
     def encode(self, request, size):
         """The condition (DESIGN section 2), one row an image. Families say how."""
         raise NotImplementedError
+
+    def contexts(self):
+        """[(tokenizer, length)] of the tokens that the denoiser attends to, for painted words."""
+        return [(self.tokenizer, self.max_tokens)]
+
+    def clean(self, text):
+        """A text as it is tokenised."""
+        return text
+
+    def _condition(self, request, control, size, latent_size):
+        """The family's condition with painted words and control added."""
+        words, null = self._words(request, latent_size)
+        if control is not None:  # before any text is encoded: a picture may be refused
+            vae = self.components["vae"]
+            words |= controls.condition(control, self.controllers, latent_size, vae, request)
+        cond = self.encode(request, size) | words
+        if "null" in cond:
+            cond["null"] = cond["null"] | null
+        return cond
+
+    def _words(self, request, latent_size):
+        """(condition, its unconditional part) of painted words; empty where nothing is painted."""
+        if request.word_masks is None:
+            return {}, {}
+        prompts = [self.clean(text) for text in request.prompts]
+        found = word_condition(self.contexts(), prompts, request.word_masks, latent_size)
+        if not found[0]["word_mask"].any():
+            return {}, {}
+        return tuple(repeated(part, request.repeats) for part in found)
 
     def _rows(self, tree):
         """Rows repeated up to a multiple of the mesh's batch parts, and split over them.
@@ -262,45 +341,7 @@ class Pipeline:
 
         return jax.tree.map(place, tree)
 
-    def _parameters(self, request, size):
-        rows = []
-        for n in range(request.batch):
-            text = n // request.repeats
-            rows.append(
-                {
-                    "prompt": request.prompts[text],
-                    "negative_prompt": request.negatives and request.negatives[text],
-                    "seed": int(request.seeds[n]),
-                    "index": int(request.indices[n]),
-                    "latents_given": request.latents is not None,
-                    "steps": request.steps,
-                    "guidance": request.guidance,
-                    "scheduler": self.scheduler["_class_name"],
-                    "height": size[0],
-                    "width": size[1],
-                    "pipeline": self.class_name,
-                }
-            )
-        return rows
 
-
-def _check_finite(out, request):
-    """Before clamping: a clamp would turn NaN into a black picture."""
-    bad = [n for n in range(len(out)) if not np.isfinite(out[n]).all()]
-    if bad:
-        raise NumericsError(
-            f"images {bad[:8]} of {request.batch} are not finite",
-            f"seed {request.seeds[bad[0]]}, guidance {request.guidance}",
-            "try dtype='float32' or a smaller guidance scale, and check the weights",
-        )
-
-
-def refuse_parts(class_name, **parts):
-    """Raises ConfigError for a controller, LoRA or expert that a family cannot take."""
-    for name, part in parts.items():
-        if part is not None:
-            raise ConfigError(
-                f"{class_name} takes no `{name}` in this version",
-                name,
-                "it supports `scheduler`, `dtype` and `mesh`",
-            )
+def repeated(cond, count):
+    """Every row of a condition `count` times: images of one prompt are neighbours."""
+    return {name: jnp.repeat(value, count, axis=0) for name, value in cond.items()}

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cnxs_jax import sharding, tree
-from cnxs_jax.convert import families, files, pixart, pixart_control, rules
+from cnxs_jax.convert import families, files, pixart, pixart_control, rules, single_file
 from cnxs_jax.errors import CheckpointError, ConfigError, did_you_mean
 from cnxs_jax.storage import write_json
 
@@ -30,10 +30,12 @@ def load_model(path, component=None, config=None, dtype=None):
 
     Args:
         path: a component directory (config.json and weights), a pipeline directory together with
-            `component`, or one weight file: the official PixArt `.pth` files of the published
-            sizes need nothing else, others need `config` or a config.json beside them.
+            `component`, or one weight file: the official PixArt `.pth` files and the single files
+            of Stable Diffusion of the published sizes need nothing else, others need `config` or a
+            config.json beside them.
         component: the pipeline's component ("transformer"), the network of a PixArt-ControlNet
-            file ("transformer" or "controlnet"), or the state dict of a `.pth` that has several
+            file ("transformer" or "controlnet") or of a single file ("unet", "vae",
+            "text_encoder", "text_encoder_2"), or the state dict of a `.pth` that has several
             ("state_dict_ema").
         config: a dict or a JSON file with diffusers' names; goes over the file's own.
         dtype: of parameters and computation ("bfloat16"); None: float32.
@@ -89,17 +91,27 @@ def open_model(path, component=None, config=None, dtype=None):
             given = read_config(where)
     else:
         raise CheckpointError("there is no such file or directory", str(path))
-    tensors = read_component(weights, which)
-    family, table, given = recognise(tensors, given, str(weights), str(where))
+    tensors, part = read_component(weights, which)
+    if part is None:
+        family, table, given = recognise(tensors, given, str(weights), str(where))
+    else:
+        family = families.family_of({"_class_name": part.class_name}, str(weights))
+        table, given = part.table, given or part.config(str(weights))
     module, target = families.build(family, given, str(where), dtype)
-    return module, target, tensors, table, str(weights)
+    return module, target, tensors, table(module) if callable(table) else table, str(weights)
 
 
 def read_component(file, which=None):
-    """The tensors of one network; `which` is one of a file's networks or state dicts."""
-    if which in pixart_control.PREFIXES:
-        return pixart_control.component_of(files.read_tensors(file), which, str(file))
-    return pixart_control.component_of(files.read_tensors(file, which), None, str(file))
+    """`(tensors, part)` of one network; `which` is one of a file's networks or state dicts.
+
+    `part` is a `single_file.Part` where the file is one, else None.
+    """
+    network = which in pixart_control.PREFIXES or which in single_file.COMPONENTS
+    tensors = files.read_tensors(file, None if network else which)
+    part = single_file.part_of(tensors, which if network else None, str(file))
+    if part is not None:
+        return part.tensors, part
+    return pixart_control.component_of(tensors, which if network else None, str(file)), None
 
 
 def recognise(tensors, config, weights, where):
@@ -185,7 +197,7 @@ def load_null_caption(path, component=None):
     """
     path = Path(path)
     if not path.is_dir():
-        tensors = read_component(path, component)
+        tensors, _ = read_component(path, component)
         if not pixart.is_official(tensors):
             return None
         return rules.side_tensors(tensors, pixart.OFFICIAL).get(pixart.NULL_CAPTION)

@@ -8,17 +8,33 @@ import tempfile
 
 import jax.numpy as jnp
 
+from cnxs_jax.convert.families import family_of_module
 from cnxs_jax.diffusion import solvers
 from cnxs_jax.errors import CheckpointError, ConfigError, did_you_mean
 from cnxs_jax.pipelines import scheduler as schedulers
-from cnxs_jax.pipelines.base import Component, Pipeline, refuse_parts
+from cnxs_jax.pipelines.base import Component, Pipeline
+from cnxs_jax.pipelines.control import open_controllers
 from cnxs_jax.pipelines.load import load_null_caption, place, read_model, save_model
 from cnxs_jax.pipelines.pixart import PixArtAlphaPipeline
+from cnxs_jax.pipelines.request import refuse_parts
+from cnxs_jax.pipelines.stable_diffusion import (
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 from cnxs_jax.storage import write_json
 
 __all__ = ["FAMILIES", "load_pipeline", "save_pipeline"]
 
-FAMILIES = {family.class_name: family for family in (PixArtAlphaPipeline,)}
+FAMILIES = {
+    family.class_name: family
+    for family in (PixArtAlphaPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline)
+}
+# {class of a pipeline with a controller: (family, whose computation it follows)}
+CONTROLLED = {
+    name: (f, compat) for f in FAMILIES.values() for name, compat in f.controlled.values()
+}
+CONTROL = "controlnet"  # the controller's directory
+COMPAT = "_control_compat"  # diffusers reads no names that begin with an underscore
 INDEX = "model_index.json"
 # The diffusers release whose layout is written; it reads the number for information only.
 DIFFUSERS_VERSION = "0.42.1"
@@ -34,7 +50,9 @@ def load_pipeline(
 
     Args:
         path: directory with `model_index.json`, or "owner/name".
-        control, lora, experts: parts for families that take them.
+        control: a controller instead of the stored one: the directory or file of an adapter, a pair
+            (module, params), a `pipelines.control.Controller`, or a list of these.
+        lora, experts: parts for families that take them.
         scheduler: "ddim", "ddpm", "euler", "dpmpp", "deis", "lcm" or a diffusers scheduler config
             dict, instead of the stored one; the model's noise schedule stays.
         dtype: "float32" (default) or "bfloat16", of the denoiser's and the text encoder's
@@ -47,15 +65,19 @@ def load_pipeline(
     """
     compute = _compute_dtype(dtype)
     directory = _directory(path)
-    family = _family(directory)
-    refuse_parts(family.class_name, control=control, lora=lora, experts=experts)
+    index = schedulers.read_json(directory / INDEX)
+    family, compat = _family(index, directory)
+    refuse_parts(family.class_name, lora=lora, experts=experts)
     config = schedulers.read(directory)
     if "_class_name" not in config:
         raise CheckpointError("`_class_name` is missing", str(directory / "scheduler"))
     if scheduler is not None:
         config = schedulers.override(config, scheduler)
     solvers.from_config(config, 1)  # an unusable scheduler is found before weights are read
-    tokenizer = family.load_tokenizer(directory / "tokenizer")
+    if control is None and compat is not None:
+        control = directory / CONTROL
+    controllers = open_controllers(control, compute, compat or "official", mesh)
+    tokenizers = tuple(family.load_tokenizer(directory / name) for name in family.tokenizers)
     components = {}
     for name in family.networks:
         # The autoencoder runs once an image and is the first to lose visible precision.
@@ -63,7 +85,11 @@ def load_pipeline(
         module, params = read_model(directory / name, dtype=own)
         components[name] = Component(module, place(params, mesh))
     null = _null_text(directory, family, components)
-    return family(components, tokenizer, config, null, mesh)
+    options = {name: index[name] for name in family.default_options if name in index}
+    tokenizer = tokenizers if len(tokenizers) > 1 else tokenizers[0]
+    pipe = family(components, tokenizer, config, null, mesh, controllers, options)
+    pipe.check()
+    return pipe
 
 
 def save_pipeline(pipe, path, dtype=None):
@@ -102,12 +128,17 @@ def save_pipeline(pipe, path, dtype=None):
 def _write(pipe, directory, dtype):
     directory.mkdir()
     index = {"_class_name": pipe.class_name, "_diffusers_version": DIFFUSERS_VERSION}
+    index |= {name: pipe.option(name) for name in pipe.default_options}
+    if pipe.controllers:
+        index |= _write_controller(pipe, directory, dtype)
+    tokenizers = pipe.tokenizer if isinstance(pipe.tokenizer, tuple) else (pipe.tokenizer,)
+    tokenizers = dict(zip(pipe.tokenizers, tokenizers, strict=True))
     for name, (library, class_name) in pipe.classes.items():
         if name == "scheduler":
             class_name = pipe.scheduler["_class_name"]
             write_json(directory / name / "scheduler_config.json", pipe.scheduler)
-        elif name == "tokenizer":
-            _write_tokenizer(pipe.tokenizer, directory / name)
+        elif name in tokenizers:
+            _write_tokenizer(tokenizers[name], directory / name)
         else:
             null = pipe.null_text if name == pipe.denoiser else None
             save_model(*pipe.components[name], directory / name, dtype, null_caption=null)
@@ -115,12 +146,30 @@ def _write(pipe, directory, dtype):
     write_json(directory / INDEX, index)
 
 
+def _write_controller(pipe, directory, dtype):
+    """Entries of the index for a pipeline with its controller, which is written beside."""
+    if len(pipe.controllers) > 1:
+        raise ConfigError(
+            "a pipeline of several controllers has no layout",
+            "save_pipeline",
+            "save each with `save_model`, and the pipeline with `pipe.replace(control=[])`",
+        )
+    module, params, compat = pipe.controllers[0]
+    name = family_of_module(module).classes[0]
+    if name not in pipe.controlled:
+        raise ConfigError(f"{pipe.class_name} has no layout with a {name}", "save_pipeline")
+    save_model(module, params, directory / CONTROL, dtype)
+    class_name, _ = pipe.controlled[name]
+    return {"_class_name": class_name, CONTROL: ["diffusers", name], COMPAT: compat}
+
+
 def _write_tokenizer(tokenizer, directory):
     tokenizer.save_pretrained(directory)
     # What transformers 4 reads; transformers 5 does not write it again.
-    pieces = pathlib.Path(tokenizer.name_or_path) / "spiece.model"
-    if pieces.is_file() and not (directory / pieces.name).exists():
-        shutil.copyfile(pieces, directory / pieces.name)
+    for name in ("spiece.model", "vocab.json", "merges.txt"):
+        source = pathlib.Path(tokenizer.name_or_path) / name
+        if source.is_file() and not (directory / name).exists():
+            shutil.copyfile(source, directory / name)
 
 
 def _compute_dtype(dtype):
@@ -185,23 +234,29 @@ def _from_hub(name):
         ) from None
 
 
-def _family(directory):
-    name = schedulers.read_json(directory / INDEX).get("_class_name")
-    if not isinstance(name, str) or name not in FAMILIES:
-        raise ConfigError(
-            f"the pipeline class {name!r} is not supported.{did_you_mean(name, FAMILIES)}",
-            str(directory / INDEX),
-            f"supported: {', '.join(FAMILIES)}",
-        )
-    return FAMILIES[name]
+def _family(index, directory):
+    """`(family, compat)`: the compat of its stored controller, None where it has none."""
+    name = index.get("_class_name")
+    if isinstance(name, str) and name in FAMILIES:
+        return FAMILIES[name], None
+    if isinstance(name, str) and name in CONTROLLED:
+        family, compat = CONTROLLED[name]
+        return family, index.get(COMPAT, compat)
+    known = [*FAMILIES, *CONTROLLED]
+    raise ConfigError(
+        f"the pipeline class {name!r} is not supported.{did_you_mean(name, known)}",
+        str(directory / INDEX),
+        f"supported: {', '.join(known)}",
+    )
 
 
 def _null_text(directory, family, components):
     """The learned unconditional caption [L,D] beside the denoiser or in the pipeline, or None."""
+    module = components[family.denoiser].module
     null = load_null_caption(directory / family.denoiser)
-    if null is None:
+    if null is None or not hasattr(module, "caption_channels"):
         return None
-    width = components[family.denoiser].module.caption_channels
+    width = module.caption_channels
     if null.shape[1] != width:
         raise CheckpointError(
             f"null_caption is {list(null.shape)}, the model reads [L,{width}]", str(directory)

@@ -29,6 +29,9 @@ class PixArtAlphaPipeline(Pipeline):
         "vae": ("diffusers", "AutoencoderKL"),
     }
     networks = ("transformer", "vae", "text_encoder")
+    controlled = {
+        "PixArtControlNetAdapterModel": ("PixArtAlphaControlnetPipeline", "official"),
+    }
     steps = 20
     guidance_scale = 4.5
     load_tokenizer = staticmethod(tokens.load_tokenizer)
@@ -61,6 +64,10 @@ class PixArtAlphaPipeline(Pipeline):
         """Tokens a text is padded or cut to: 120 or what tokenizer or null caption was made for."""
         null = MAX_TOKENS if self.null_text is None else len(self.null_text)
         return min(MAX_TOKENS, self.tokenizer.model_max_length, null)
+
+    def clean(self, text):
+        """The text as PixArt was trained on it."""
+        return caption_cleaning.clean_caption(text)
 
     def _null(self, request):
         if self.null_text is not None and request.negatives is None:

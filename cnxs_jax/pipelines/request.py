@@ -6,7 +6,7 @@ import numbers
 
 import numpy as np
 
-from cnxs_jax.errors import ConfigError, did_you_mean
+from cnxs_jax.errors import ConfigError, NumericsError, did_you_mean
 from cnxs_jax.pipelines.sizes import check_side
 
 MAX_PROMPT = 2000  # characters; caption cleaning is quadratic in them
@@ -27,6 +27,7 @@ class Request:
         seeds, indices: uint32 [batch]; image n is drawn from fold_in(key(seeds[n]), indices[n]).
         latents: float32 [batch,h,w,C] standard normal noise to start from, or None to draw it.
         output_type: pil, np or latent.
+        word_masks: None, or one dict of painted phrases a prompt.
     """
 
     prompts: list
@@ -40,6 +41,7 @@ class Request:
     indices: np.ndarray
     latents: np.ndarray | None
     output_type: str
+    word_masks: list | None = None
 
     @property
     def batch(self):
@@ -53,7 +55,17 @@ class Request:
 
 
 def check(
-    prompt, negative_prompt, steps, guidance, height, width, repeats, seed, latents, output_type
+    prompt,
+    negative_prompt,
+    steps,
+    guidance,
+    height,
+    width,
+    repeats,
+    seed,
+    latents,
+    output_type,
+    word_masks=None,
 ):
     """The Request of a call; raises ConfigError for what no model could draw."""
     prompts = _texts(prompt, "prompt")
@@ -83,6 +95,7 @@ def check(
         indices=indices,
         latents=None if latents is None else _latents(latents, batch),
         output_type=output_type,
+        word_masks=_word_masks(word_masks, len(prompts)),
     )
 
 
@@ -93,6 +106,51 @@ def refuse_unused(arguments, defaults, why):
         if value is default or (isinstance(value, (int, float)) and value == default):
             continue
         raise ConfigError(f"`{name}` has no effect here: {why}", name, "leave it out")
+
+
+def refuse_parts(class_name, **parts):
+    """Raises ConfigError for a LoRA or expert that a family cannot take."""
+    for name, part in parts.items():
+        if part is not None:
+            raise ConfigError(
+                f"{class_name} takes no `{name}` in this version",
+                name,
+                "it supports `control`, `scheduler`, `dtype` and `mesh`",
+            )
+
+
+def parameters(request, size, scheduler, pipeline):
+    """What draws each image again, one dict an image; `size` = (H, W) of the result."""
+    rows = []
+    for n in range(request.batch):
+        text = n // request.repeats
+        rows.append(
+            {
+                "prompt": request.prompts[text],
+                "negative_prompt": request.negatives and request.negatives[text],
+                "seed": int(request.seeds[n]),
+                "index": int(request.indices[n]),
+                "latents_given": request.latents is not None,
+                "steps": request.steps,
+                "guidance": request.guidance,
+                "scheduler": scheduler,
+                "height": size[0],
+                "width": size[1],
+                "pipeline": pipeline,
+            }
+        )
+    return rows
+
+
+def check_finite(out, request):
+    """Raises NumericsError; before clamping, which would turn NaN into a black picture."""
+    bad = [n for n in range(len(out)) if not np.isfinite(out[n]).all()]
+    if bad:
+        raise NumericsError(
+            f"images {bad[:8]} of {request.batch} are not finite",
+            f"seed {request.seeds[bad[0]]}, guidance {request.guidance}",
+            "try dtype='float32' or a smaller guidance scale, and check the weights",
+        )
 
 
 def _texts(texts, name):
@@ -124,6 +182,22 @@ def _negatives(negative, count):
             "give one text for all of them or one a prompt",
         )
     return texts
+
+
+def _word_masks(masks, count):
+    """One dict a prompt, or None where there is nothing to paint."""
+    rows = masks if isinstance(masks, list | tuple) else [masks] * count
+    if len(rows) != count:
+        raise ConfigError(
+            f"{len(rows)} sets of masks for {count} prompts",
+            "word_masks",
+            "give one dict for all of them or one a prompt",
+        )
+    for row in rows:
+        if row is not None and not isinstance(row, dict):
+            what = f"expected a dict of phrases and masks, got {type(row).__name__}"
+            raise ConfigError(what, "word_masks")
+    return [row or {} for row in rows] if any(rows) else None
 
 
 def _integer(value, name, low, high):

@@ -96,6 +96,16 @@ def test_ddim_as_stable_diffusion_ships_it(num_steps, monkeypatch):
     check(scheduler, num_steps, monkeypatch, 0.0)
 
 
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 5, 14, 49])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_pndm_as_stable_diffusion_ships_it(num_steps, spacing, monkeypatch):
+    offset = int(spacing == "leading")
+    scheduler = diffusers.PNDMScheduler(
+        **SD, skip_prk_steps=True, steps_offset=offset, timestep_spacing=spacing
+    )
+    check(scheduler, num_steps, monkeypatch)
+
+
 @pytest.mark.parametrize("num_steps", STEPS)
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])

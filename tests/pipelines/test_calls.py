@@ -183,7 +183,9 @@ BAD = [
     ({"image": np.zeros((16, 16, 3))}, "image", "without a controller"),
     ({"controlnet_conditioning_scale": 0.5}, "controlnet_conditioning_scale", "no effect"),
     ({"control_guidance_end": 0.5}, "control_guidance_end", "no effect"),
-    ({"word_masks": {}}, "word_masks", "no effect"),
+    ({"word_masks": {"a cat": np.ones((4, 4))}}, "word_masks", "not in the prompt"),
+    ({"word_masks": [{}, {}]}, "word_masks", "2 sets of masks for 1 prompts"),
+    ({"word_masks": "a boat"}, "word_masks", "expected a dict"),
     ({"style_scale": 1.0}, "style_scale", "no effect"),
     ({"latents": np.zeros((1, 4, 8, 8))}, "latents", r"\[1,8,8,4\]"),
     ({"num_inference_steps": 0}, "num_inference_steps", "1 to 1000"),
@@ -210,7 +212,7 @@ def test_unknown_schedulers(pipe, scheduler):
         pipe.replace(scheduler=scheduler)
 
 
-@pytest.mark.parametrize("part", ["control", "lora", "experts"])
+@pytest.mark.parametrize("part", ["lora", "experts"])
 def test_parts_that_the_family_does_not_take(pipe, part):
     with pytest.raises(ConfigError, match=f"takes no `{part}`"):
         pipe.replace(**{part: "x"})

@@ -181,7 +181,7 @@ def test_null_caption_of_another_width(made, tmp_path):
         ({"dtype": "float16"}, "dtype"),
         ({"dtype": "bf16"}, "dtype"),
         ({"scheduler": "dpmp"}, "scheduler"),
-        ({"control": "x"}, "control"),
+        ({"control": 3}, "control"),
         ({"lora": "x"}, "lora"),
         ({"experts": []}, "experts"),
     ],

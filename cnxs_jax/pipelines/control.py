@@ -1,0 +1,211 @@
+"""Controllers of a pipeline: opening them, their pictures, scales, and where they act.
+
+A controller is any adapter of `cnxs_jax.control`: the pipeline asks it for `hint_kind` ("latents":
+the VAE encodes the picture; anything else: the picture itself in [0, 1]) and `hint_factor` (hint
+pixels a latent) and knows no class by name.
+"""
+
+import dataclasses
+import functools
+import math
+import numbers
+import os
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cnxs_jax import control
+from cnxs_jax.errors import ConfigError
+from cnxs_jax.pipelines import images as pictures
+
+LATENTS = "latents"
+
+
+class Controller(NamedTuple):
+    """An adapter, its parameters, and whose computation to follow (`control.attach`)."""
+
+    module: Any
+    params: Any
+    compat: str = "official"
+
+
+@dataclasses.dataclass(frozen=True)
+class Control:
+    """One call's control, checked.
+
+    Attributes:
+        pictures: for each controller its pictures: 1, one a prompt or one an image.
+        scales: for each controller its `controlnet_conditioning_scale`.
+        start, end: one number, or one a controller.
+    """
+
+    pictures: tuple
+    scales: tuple
+    start: Any
+    end: Any
+
+    @property
+    def parameters(self):
+        """What draws an image again, beside its picture."""
+        return {
+            "controlnet_conditioning_scale": list(self.scales),
+            "control_guidance_start": self.start,
+            "control_guidance_end": self.end,
+        }
+
+    def sides(self, height, width, multiple):
+        """(H, W) asked for, or those of the first picture, rounded down to the multiple."""
+        first = self.pictures[0][0]
+        own = first.shape[:2] if isinstance(first, np.ndarray) else (first.height, first.width)
+        own = [max(side // multiple, 1) * multiple for side in own]
+        return own[0] if height is None else height, own[1] if width is None else width
+
+
+def open_controllers(given, dtype=None, compat="official", mesh=None):
+    """A tuple of `Controller`, none or more, on the device or the mesh.
+
+    Args:
+        given: None; a directory or file of an adapter; a pair (module, params) or a `Controller`;
+            or a list of these.
+        compat: of adapters that do not say it themselves.
+
+    Raises:
+        ConfigError: something else.
+        CheckpointError: files that are missing or damaged.
+    """
+    from cnxs_jax.pipelines.load import place, read_model
+
+    def one(item):
+        if isinstance(item, Controller):
+            return item
+        if isinstance(item, tuple) and len(item) == 2:
+            return Controller(*item, compat)
+        if isinstance(item, str | os.PathLike):
+            return Controller(*read_model(item, dtype=dtype), compat)
+        raise ConfigError(
+            f"expected the path of a controller or (module, params), got {type(item).__name__}",
+            "control",
+        )
+
+    items = given if isinstance(given, list) else [] if given is None else [given]
+    found = [one(item) for item in items]
+    # `place` empties what it is given; the caller's own tree stays.
+    return tuple(c._replace(params=place(jax.tree.map(lambda x: x, c.params), mesh)) for c in found)
+
+
+def attach(base, controllers):
+    """`(module, params)` of the network with its controllers."""
+    if not controllers:
+        return tuple(base)
+    compat = controllers[0].compat
+    if any(c.compat != compat for c in controllers):
+        raise ConfigError("controllers of different compat", "control", "attach those of one kind")
+    if len(controllers) == 1:
+        return control.attach(*base, controllers[0].module, controllers[0].params, compat)
+    modules, params = ([getattr(c, name) for c in controllers] for name in ("module", "params"))
+    return control.attach(*base, modules, params, compat)
+
+
+def check(controllers, image, scale, start, end, request):
+    """The `Control` of a call; raises ConfigError for what the controllers could not use.
+
+    Args:
+        image: a picture or a list of them; of several controllers a list of these, one each. A
+            picture is PIL (resized to what is drawn), or an array [H,W,3] or a batch of them,
+            uint8 or float in [0, 1], in the size of the hint.
+        scale, start, end: numbers, or lists with one a controller.
+        request: how many texts and images there are.
+    """
+    count, prompts, batch = len(controllers), len(request.prompts), request.batch
+    if image is None:
+        raise ConfigError("the controller needs a control picture", "image", "give `image`")
+    if count > 1 and (not isinstance(image, list | tuple) or len(image) != count):
+        raise ConfigError(f"expected a list of {count}, one a controller", "image")
+    sets = tuple(_pictures(one) for one in (image if count > 1 else [image]))
+    for one in sets:
+        if len(one) not in (1, prompts, batch):
+            what = f"{len(one)} control pictures for {prompts} prompts and {batch} images"
+            raise ConfigError(what, "image", "give one, one a prompt or one an image")
+    names = ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end")
+    values = zip((scale, start, end), names, strict=True)
+    scales, starts, ends = (_numbers(value, count, name) for value, name in values)
+    if count == 1:
+        return Control(sets, scales, starts[0], ends[0])
+    return Control(sets, scales, list(starts), list(ends))
+
+
+def condition(call, controllers, latent_size, vae, request):
+    """`hint` and `control_scale`: arrays, or tuples of them for several controllers."""
+    hints, scales, batch = [], [], request.batch
+    for own, scale, controller in zip(call.pictures, call.scales, controllers, strict=True):
+        latents = getattr(controller.module, "hint_kind", None) == LATENTS
+        module = vae.module
+        factor = module.downsample_factor if latents else controller.module.hint_factor
+        hint = np.stack([_fitted(p, [side * factor for side in latent_size]) for p in own])
+        hint = encode_picture(*vae, hint) if latents else jnp.asarray(hint)
+        hints.append(jnp.repeat(hint, _repeats(len(own), request), axis=0))
+        scales.append(jnp.full((batch,), scale, jnp.float32))
+    if len(controllers) == 1:
+        return {"hint": hints[0], "control_scale": scales[0]}
+    return {"hint": tuple(hints), "control_scale": tuple(scales)}
+
+
+@functools.partial(jax.jit, static_argnames=("module",))
+def encode_picture(module, params, images):
+    """Scaled latents [B,h,w,C] of pictures [B,H,W,3] in [0,1]: the mean of the posterior."""
+    mean, _ = module.apply({"params": params}, images * 2.0 - 1.0, method="encode")
+    return (mean - (module.shift_factor or 0.0)) * module.scaling_factor
+
+
+def _repeats(count, request):
+    """How often each picture is used, images of one prompt being neighbours."""
+    if count == 1:
+        return request.batch
+    return request.repeats if count == len(request.prompts) else 1
+
+
+def _pictures(given):
+    """A list of PIL pictures and float arrays [H,W,3]."""
+    rows = list(given) if getattr(given, "ndim", 0) == 4 else given
+    rows = list(rows) if isinstance(rows, list | tuple) else [rows]
+    if not rows:
+        raise ConfigError("the list of control pictures is empty", "image")
+    found = []
+    for row in rows:
+        if hasattr(row, "convert"):
+            found.append(row.convert("RGB"))
+            continue
+        try:
+            found.append(pictures.to_array(row))
+        except ConfigError as error:
+            raise ConfigError(error.what, "image", error.fix) from None
+    return found
+
+
+def _fitted(picture, size):
+    """float32 [H,W,3] in [0,1] of this size; PIL pictures are resized as diffusers does."""
+    if not isinstance(picture, np.ndarray):
+        from PIL import Image
+
+        if (picture.height, picture.width) != tuple(size):
+            picture = picture.resize((size[1], size[0]), Image.Resampling.LANCZOS)
+        return pictures.to_array(picture)
+    if picture.shape[:2] != tuple(size):
+        raise ConfigError(
+            f"a control picture of {picture.shape[0]}x{picture.shape[1]}, expected "
+            f"{size[0]}x{size[1]}",
+            "image",
+            "resize the array, or give a PIL picture, which is resized",
+        )
+    return picture
+
+
+def _numbers(value, count, name):
+    """`count` finite numbers of one number or a list."""
+    values = list(value) if isinstance(value, list | tuple) else [value] * count
+    good = [isinstance(v, numbers.Real) and not isinstance(v, bool) for v in values]
+    if len(values) != count or not all(good) or not all(math.isfinite(v) for v in values):
+        raise ConfigError(f"expected {count} finite number(s), got {value!r}", name)
+    return tuple(float(v) for v in values)

@@ -1,0 +1,168 @@
+"""Controllers in the pipeline: any adapter works, pictures fit or are refused."""
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import cnxs_jax
+from cnxs_jax.control.controlnet_transformer import ControlNetTransformer
+from cnxs_jax.errors import ConfigError
+from cnxs_jax.pipelines import base, images
+from cnxs_jax.pipelines.control import Controller
+from tests.pipelines import tiny, tiny_sd
+
+PICTURE = tiny_sd.ramp()
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return tiny_sd.pipeline(tmp_path_factory.mktemp("sd"))
+
+
+@pytest.fixture(scope="module")
+def pipe(plain):
+    return plain.replace(control=tiny_sd.adapter())
+
+
+@pytest.fixture(scope="module")
+def pixart(tmp_path_factory):
+    pipe = tiny.pipeline(tmp_path_factory.mktemp("tokenizer"))
+    adapter = ControlNetTransformer(num_layers=1, num_attention_heads=2, attention_head_dim=12)
+    tokens, modulation = np.zeros((1, 1, 24), "f4"), np.zeros((1, 6, 24), "f4")
+    args = tokens, {"hint": tokens, "kv": None}, (modulation, tokens, None, None)
+    return pipe.replace(control=(adapter, tiny.perturbed(adapter, *args)))
+
+
+def _np(pipe, prompt="a boat", image=PICTURE, **kwargs):
+    kwargs = {"num_inference_steps": 2, "output_type": "latent", **kwargs}
+    return pipe(prompt, image=image, **kwargs).images
+
+
+def test_scale_and_interval(plain, pipe):
+    full = _np(pipe)
+    base_alone = plain("a boat", num_inference_steps=2, output_type="latent").images
+    np.testing.assert_allclose(_np(pipe, controlnet_conditioning_scale=0.0), base_alone, atol=1e-5)
+    half = _np(pipe, controlnet_conditioning_scale=0.5)
+    first = _np(pipe, control_guidance_end=0.5)
+    last = _np(pipe, control_guidance_start=0.5)
+    found = [full, half, first, last, base_alone]
+    for i, one in enumerate(found):
+        assert all(np.abs(one - other).max() > 1e-3 for other in found[:i])
+    taken_off = pipe.replace(control=[])
+    np.testing.assert_array_equal(
+        taken_off("a boat", num_inference_steps=2, output_type="latent").images, base_alone
+    )
+
+
+def test_nothing_recompiles(pipe, monkeypatch):
+    _np(pipe)
+    before = base.denoise._cache_size()
+    for change in (
+        {"controlnet_conditioning_scale": 0.3},
+        {"control_guidance_start": 0.5},
+        {"control_guidance_end": 0.5},
+        {"image": 1 - PICTURE},
+        {"seed": 5},
+        {"prompt": "a red fox"},
+    ):
+        _np(pipe, **change)
+    assert base.denoise._cache_size() == before
+
+
+def test_pictures_of_every_kind_are_the_same_hint(pipe):
+    levels = np.round(PICTURE * 255).astype(np.uint8)
+    want = _np(pipe, image=levels)
+    np.testing.assert_allclose(_np(pipe, image=levels / np.float32(255)), want, atol=1e-6)
+    np.testing.assert_array_equal(_np(pipe, image=Image.fromarray(levels)), want)
+    np.testing.assert_array_equal(_np(pipe, image=levels[None]), want)
+    large = Image.fromarray(levels).resize((35, 35), Image.Resampling.NEAREST)
+    resized = _np(pipe, image=large, height=16, width=16)
+    assert 0 < np.abs(resized - want).max() < np.abs(_np(pipe, image=1 - PICTURE) - want).max()
+
+
+def test_size_is_that_of_the_picture(pipe):
+    wide = Image.fromarray(np.round(tiny_sd.ramp(13, 21) * 255).astype(np.uint8))
+    assert _np(pipe, image=wide).shape == (1, 6, 10, 4)
+
+
+def test_pictures_of_several_prompts(pipe):
+    prompts, other = ["a boat", "a red fox"], 1 - PICTURE
+    two = _np(pipe, prompts, image=[PICTURE, other])
+    np.testing.assert_allclose(two[:1], _np(pipe), atol=1e-5)
+    alone = _np(pipe, prompts[1], image=other, seed=[(0, 1)])
+    np.testing.assert_allclose(two[1:], alone, atol=1e-5)
+    four = base.controls.check(
+        pipe.controllers, [PICTURE, other], 1.0, 0.0, 1.0, _request(pipe, prompts, 2)
+    )
+    cond = base.controls.condition(
+        four, pipe.controllers, (8, 8), pipe.components["vae"], _request(pipe, prompts, 2)
+    )
+    for row, want in enumerate((PICTURE, PICTURE, other, other)):
+        np.testing.assert_array_equal(cond["hint"][row], want)
+
+
+def _request(pipe, prompts, repeats):
+    return base.requests.check(prompts, None, 2, 7.5, None, None, repeats, 0, None, "np")
+
+
+def test_several_controllers(plain, pipe):
+    two = plain.replace(control=[tiny_sd.adapter(), tiny_sd.adapter(1)])
+    other = 1 - PICTURE
+    first = _np(two, image=[PICTURE, other], controlnet_conditioning_scale=[1.0, 0.0])
+    np.testing.assert_allclose(first, _np(pipe), atol=1e-5)
+    late = _np(two, image=[PICTURE, other], control_guidance_start=[0.0, 0.5])
+    assert np.abs(late - _np(two, image=[PICTURE, other])).max() > 1e-3
+    with pytest.raises(ConfigError, match="expected a list of 2"):
+        _np(two)
+    with pytest.raises(ConfigError, match="save each"):
+        cnxs_jax.save_pipeline(two, "nowhere")
+
+
+BAD = [
+    ({"image": None}, "image", "needs a control picture"),
+    ({"image": []}, "image", "empty"),
+    ({"image": PICTURE * 300}, "image", r"\[0,1\]"),
+    ({"image": PICTURE[..., :1]}, "image", r"RGB image \[H,W,3\]"),
+    ({"image": PICTURE, "height": 24}, "image", "16x16, expected 24x16"),
+    ({"image": [PICTURE] * 2}, "image", "2 control pictures for 1 prompts and 1 images"),
+    ({"controlnet_conditioning_scale": [1.0, 1.0]}, "controlnet_conditioning_scale", "1 finite"),
+    ({"controlnet_conditioning_scale": float("nan")}, "controlnet_conditioning_scale", "finite"),
+    ({"control_guidance_start": "0"}, "control_guidance_start", "finite"),
+    (
+        {"control_guidance_start": 0.5, "control_guidance_end": 0.5},
+        "control_guidance_start, control_guidance_end",
+        "start < end",
+    ),
+]
+
+
+@pytest.mark.parametrize(("arguments", "where", "message"), BAD)
+def test_bad_control_stops_before_any_network_runs(pipe, monkeypatch, arguments, where, message):
+    for name in ("denoise", "decode", "draw"):
+        monkeypatch.setattr(base, name, None)
+    with pytest.raises(ConfigError, match=message) as caught:
+        _np(pipe, **arguments)
+    assert caught.value.where == where
+
+
+def test_pixart_with_its_controller_is_saved_and_opened(pixart, tmp_path):
+    want = _np(pixart, "a red fox")
+    encoded = images.to_array(Image.fromarray(np.round(PICTURE * 255).astype(np.uint8)))
+    assert np.abs(want - _np(pixart, "a red fox", image=1 - encoded)).max() > 1e-4
+    cnxs_jax.save_pipeline(pixart, tmp_path / "pipe")
+    opened = cnxs_jax.load_pipeline(tmp_path / "pipe")
+    assert len(opened.controllers) == 1
+    np.testing.assert_array_equal(_np(opened, "a red fox"), want)
+    same = cnxs_jax.load_pipeline(tmp_path / "pipe", control=tmp_path / "pipe" / "controlnet")
+    before, after = (jax.tree.leaves(p.controllers[0].params) for p in (opened, same))
+    assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_a_controller_of_another_base_is_refused(plain, pixart):
+    with pytest.raises(ConfigError, match="controls a PixArt"):
+        plain.replace(control=pixart.controllers[0])
+    with pytest.raises(ConfigError, match="knows only 'official'"):
+        pixart.replace(control=Controller(*pixart.controllers[0][:2], compat="diffusers"))
+    with pytest.raises(ConfigError, match="expected the path of a controller"):
+        plain.replace(control=3)

@@ -1,0 +1,102 @@
+"""Stable Diffusion's pipelines: directories, text, guidance as an input, painted words."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import cnxs_jax
+from cnxs_jax.errors import ConfigError
+from cnxs_jax.pipelines import base
+from tests.pipelines import tiny_sd
+
+PROMPT = "a red fox and a boat"
+
+
+@pytest.fixture(scope="module")
+def pipe(tmp_path_factory):
+    return tiny_sd.pipeline(tmp_path_factory.mktemp("sd"))
+
+
+@pytest.fixture(scope="module")
+def xl(tmp_path_factory):
+    return tiny_sd.pipeline(tmp_path_factory.mktemp("xl"), xl=True)
+
+
+def _np(pipe, prompt=PROMPT, **kwargs):
+    return pipe(prompt, **{"num_inference_steps": 2, "output_type": "latent", **kwargs}).images
+
+
+def _request(pipe, prompts, negatives=None, guidance=7.5):
+    return base.requests.check(prompts, negatives, 2, guidance, None, None, 1, 0, None, "np")
+
+
+def test_sdxl_round_trip(xl, tmp_path):
+    cnxs_jax.save_pipeline(xl, tmp_path / "pipe")
+    opened = cnxs_jax.load_pipeline(tmp_path / "pipe")
+    assert type(opened) is type(xl)
+    assert opened.components.keys() == xl.components.keys()
+    assert opened.option("force_zeros_for_empty_prompt") is True
+    np.testing.assert_array_equal(_np(opened), _np(xl))
+
+
+def test_sdxl_conditions(xl):
+    cond = xl.encode(_request(xl, ["a boat", PROMPT]), (24, 16))
+    assert cond["text"].shape == (2, 77, 16 + 24)
+    assert cond["pooled"].shape == (2, 10)
+    assert cond["time_ids"].tolist() == [[24, 16, 0, 0, 24, 16]] * 2
+    assert all(not value.any() for value in cond["null"].values())
+    negative = xl.encode(_request(xl, ["a boat", PROMPT], ""), (24, 16))["null"]
+    assert all(value.any() for value in negative.values())
+    other = base.dataclasses.replace(xl, options={"force_zeros_for_empty_prompt": False})
+    found = other.encode(_request(xl, ["a boat", PROMPT]), (24, 16))["null"]
+    np.testing.assert_allclose(found["text"], negative["text"], atol=1e-6)
+
+
+def test_guidance_may_be_an_input_of_the_network(tmp_path):
+    lcm = tiny_sd.pipeline(tmp_path, time_cond_proj_dim=8)
+    cond = lcm.encode(_request(lcm, [PROMPT], guidance=8.5), (16, 16))
+    assert cond["guidance"].tolist() == [7.5]
+    assert "null" not in cond
+    assert lcm.replace(scheduler="lcm").defaults() == (4, 8.5)
+
+
+def test_defaults_are_those_of_diffusers(pipe, xl):
+    assert pipe.defaults() == (50, 7.5)
+    assert xl.defaults() == (50, 5.0)
+    assert pipe.replace(scheduler="lcm").defaults() == (4, 0.0)
+    # Where a model's times start stays with another solver, as diffusers' `from_config` has it.
+    assert pipe.replace(scheduler="ddim").scheduler["steps_offset"] == 1
+
+
+def test_text_of_another_width_is_refused(pipe, xl):
+    parts = pipe.components | {"unet": xl.components["unet"]}
+    mixed = base.dataclasses.replace(pipe, components=parts)
+    with pytest.raises(ConfigError, match="text of width 16, the UNet reads 40"):
+        mixed.check()
+
+
+def test_painted_words(pipe):
+    left = np.zeros((8, 8), np.float32)
+    left[:, :4] = 1.0
+    plain = _np(pipe)
+    np.testing.assert_array_equal(_np(pipe, word_masks={"red fox": 0 * left}), plain)
+    np.testing.assert_array_equal(_np(pipe, word_masks={"red fox": (left, 0.0)}), plain)
+    painted = _np(pipe, word_masks={"red fox": left, "a boat": 1 - left})
+    swapped = _np(pipe, word_masks={"red fox": 1 - left, "a boat": left})
+    assert np.abs(painted - plain).max() > 1e-3
+    assert np.abs(painted - swapped).max() > 1e-3
+    both = _np(pipe, [PROMPT, "a boat"], word_masks=[{"red fox": left, "a boat": 1 - left}, None])
+    np.testing.assert_allclose(both[0], painted[0], atol=1e-5)
+
+
+def test_both_tokenizers_of_sdxl_share_one_context(xl):
+    left = np.ones((4, 4), np.float32)
+    request = base.dataclasses.replace(_request(xl, [PROMPT]), word_masks=[{"boat": left}])
+    words, null = xl._words(request, (8, 8))
+    assert words["word_mask"].shape == (1, 8, 8, 77)
+    ids = xl.tokenizer[0](PROMPT)["input_ids"]
+    boat = [n for n, i in enumerate(ids) if xl.tokenizer[0].decode([i]).strip() in "boat"][-4:]
+    np.testing.assert_array_equal(np.flatnonzero(words["word_mask"][0, 0, 0]), boat)
+    assert not null["word_weight"].any()
+    assert jax.tree.all(jax.tree.map(lambda a: isinstance(a, jnp.ndarray), words))
