@@ -13,7 +13,10 @@ from cnxs_jax.convert.rules import Table
 from cnxs_jax.errors import CnxsError, ConfigError, did_you_mean
 
 # Fields that say how to compute and not what: no part of a config.json.
-RUNTIME = ("parent", "name", "dtype", "remat", "attention_impl")
+RUNTIME = (
+    *("parent", "name", "dtype", "remat", "attention_impl"),
+    *("resnet_eps", "attention_eps", "compat"),  # `control.attach` sets them
+)
 MAX_LAYERS = 1000
 
 

@@ -46,6 +46,7 @@ class UNet(nn.Module):
         upcast_attention: no effect: logits and softmax are float32 in every compute dtype.
         remat: None, "full", or the name of a policy in `jax.checkpoint_policies`.
         attention_impl: a form of `cnxs_jax.models.attention`, chosen unless given.
+        resnet_eps: of the resnets' norms where it is not `norm_eps` (a controller's choice).
 
     Raises ConfigError for a condition that is missing or has another width.
     """
@@ -72,6 +73,7 @@ class UNet(nn.Module):
     dtype: jnp.dtype = jnp.float32
     remat: str | None = None
     attention_impl: str | None = None
+    resnet_eps: float | None = None
 
     @property
     def num_levels(self):
@@ -85,15 +87,12 @@ class UNet(nn.Module):
     @property
     def down_stages(self):
         """(level, layer) of encoder stages 1 and up; the layer after the last one downsamples."""
-        layers, last = self.per_level(self.layers_per_block), self.num_levels - 1
-        counts = [n + (i < last) for i, n in enumerate(layers)]
-        return tuple((i, j) for i, n in enumerate(counts) for j in range(n))
+        return down_stages(self.per_level(self.layers_per_block))
 
     @property
     def up_stages(self):
         """(level, layer) of the decoder stages, lowest resolution first."""
-        layers = self.per_level(self.layers_per_block)[::-1]
-        return tuple((i, j) for i, n in enumerate(layers) for j in range(n + 1))
+        return up_stages(self.per_level(self.layers_per_block))
 
     @property
     def num_stages(self):
@@ -235,7 +234,7 @@ class UNet(nn.Module):
             heads,
             resample,
             self.norm_num_groups,
-            self.norm_eps,
+            self.norm_eps if self.resnet_eps is None else self.resnet_eps,
             self.use_linear_projection,
             num_attentions,
             self.dtype,
@@ -285,6 +284,18 @@ class UNet(nn.Module):
                 "projection_class_embeddings_input_dim",
                 where,
             )
+
+
+def down_stages(layers):
+    """(level, layer) of encoder stages 1 and up; the layer after a level's last downsamples."""
+    last = len(layers) - 1
+    counts = [n + (i < last) for i, n in enumerate(layers)]
+    return tuple((i, j) for i, n in enumerate(counts) for j in range(n))
+
+
+def up_stages(layers):
+    """(level, layer) of the decoder stages, lowest resolution first."""
+    return tuple((i, j) for i, n in enumerate(layers[::-1]) for j in range(n + 1))
 
 
 def read(cond, key, width=None):
