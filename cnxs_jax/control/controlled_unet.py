@@ -7,9 +7,10 @@ base's `h`, both [B,H,W,C]:
     ready = prepare(hint, cond)             # once: the hint's features, the text's keys and values
     learned_time(features) -> [B,E] | None  # an embedding that is mixed into the base's
     embed(t, temb, ready) -> temb           # the one that its own layers take
-    down(i, c, h, ...) -> c;  from_down(i, c) -> (to the stream, to the skip alone), each or None
-    mid(c, h, ...) -> c;      from_mid(c)
-    before_up(k, skips);      up(k, c, h, skips, ...) -> c;      after_up(k, c)
+    down(i, c, h, temb, ready, cond) -> c
+    from_down(i, c) -> (to the stream, to the skip alone), each or None
+    mid(c, h, temb, ready, cond) -> c;  from_mid(c)
+    before_up(k, skips);  up(k, c, h, skips, temb, ready, cond) -> c;  after_up(k, c)
 
 Conditions: `hint` [B,f*H,f*W,3] in [0, 1], f = `module.hint_factor`; `control_scale` [B] multiplies
 what is added to the base; `connection_scale` [B, 2N+1] the same for each connection (N encoder
@@ -63,7 +64,7 @@ class HintEmbedding(nn.Module):
 
 
 class Adapters(nn.Module):
-    """Several controllers of one base; their parameters lie under `adapters_0`, `adapters_1`, ..."""
+    """Several controllers of one base; their parameters lie under `adapters_0`, `adapters_1` ..."""
 
     adapters: tuple[nn.Module, ...]
 
@@ -117,8 +118,7 @@ class ControlledUNet(nn.Module):
         weights = Weights(cond, self.several, len(adapters), self.num_connections)
         temb = self._time(t, cond, adapters, weights)
         runs = [
-            Run(a, x, a.embed(t, temb, r), r, cond.get("text_mask"))
-            for a, r in zip(adapters, ready, strict=True)
+            Run(a, x, a.embed(t, temb, r), r, cond) for a, r in zip(adapters, ready, strict=True)
         ]
         h, skips, n = x, [], base.num_stages
         for i in range(n):
@@ -181,9 +181,9 @@ class ControlledUNet(nn.Module):
 class Run:
     """One controller during one evaluation: its stream and skips, so that the loop stays short."""
 
-    def __init__(self, adapter, x, temb, ready, mask):
+    def __init__(self, adapter, x, temb, ready, cond):
         self.adapter, self.stream, self.skips = adapter, x, []
-        self.shared = temb, ready, mask
+        self.shared = temb, ready, cond
 
     def down(self, i, h):
         """After the controller's stage `i`: what goes to the base's stream, and to its skip."""
@@ -321,8 +321,10 @@ def wrap(base, adapters, compat, check):
 
 def check_same(base, adapter, pairs, where="control.attach"):
     """Raises ConfigError listing the (name, of the adapter, of the base) that differ."""
-    wrong = [f"{name} {ours}, of the base {theirs}" for name, ours, theirs in pairs if ours != theirs]
-    if wrong:
+    wrong = [
+        f"{name} {ours}, of the base {theirs}" for name, ours, theirs in pairs if ours != theirs
+    ]
+    if differ:
         raise ConfigError(
             f"the {type(adapter).__name__} belongs to another base: {'; '.join(wrong)}",
             where,

@@ -21,8 +21,6 @@ The published weights are of type B with concatenation. Their two implementation
 - "diffusers_pretrained": the same model opened from its own files, without the last of these.
 """
 
-import math
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -30,13 +28,12 @@ import jax.numpy as jnp
 from cnxs_jax import tree
 from cnxs_jax.control import controlled_unet
 from cnxs_jax.control.controlled_unet import COMPAT, HintEmbedding, zero_conv
-from cnxs_jax.control.xs_blocks import Connections, ControlLevel, ControlMiddle, most_groups
+from cnxs_jax.control.xs_blocks import Connections, ControlLevel, ControlMiddle
+from cnxs_jax.control.xs_sizes import Plan, check_config, check_fit, heads_of, of_base
 from cnxs_jax.errors import ConfigError, did_you_mean
 from cnxs_jax.models.conv import Conv
 from cnxs_jax.models.layers import TimestepEmbedding
-from cnxs_jax.models.unet import DOWN, down_stages, up_stages
-
-TYPES, INFUSIONS = ("A", "B", "C"), ("cat", "add")
+from cnxs_jax.models.unet import down_stages, up_stages
 
 
 class ControlNetXS(nn.Module):
@@ -145,13 +142,13 @@ class ControlNetXS(nn.Module):
         """Both networks take the same, mixed, embedding."""
         return temb
 
-    def down(self, i, c, h, temb, ready, mask):
+    def down(self, i, c, h, temb, ready, cond):
         """Stage `i`: the base's `h` before its stage joins the stream, then the layer."""
         if i == 0:
             return self.conv_in(c.astype(self.dtype)) + ready["hint"]
         level, j = self.down_stages[i - 1]
         block = self.down_blocks[level]
-        return block.stage(j, c, h, temb, ready["down"][level], mask)
+        return block.stage(j, c, h, temb, ready["down"][level], cond.get("text_mask"))
 
     def from_down(self, i, c):
         """Types B and C answer in the encoder; the skips are those of the corrected stream."""
@@ -162,9 +159,9 @@ class ControlNetXS(nn.Module):
         level, j = self.down_stages[i - 1]
         return self.down_blocks[level].to_base(j, c), None
 
-    def mid(self, c, h, temb, ready, mask):
+    def mid(self, c, h, temb, ready, cond):
         """The middle block."""
-        return self.mid_block(c, h, temb, ready["mid"], mask)
+        return self.mid_block(c, h, temb, ready["mid"], cond.get("text_mask"))
 
     def from_mid(self, c):
         """The middle's answer."""
@@ -177,13 +174,14 @@ class ControlNetXS(nn.Module):
         level, j = self.up_stages[k]
         return self.up_connections[level](j, skips[-1 - k])
 
-    def up(self, k, c, h, skips, temb, ready, mask):
+    def up(self, k, c, h, skips, temb, ready, cond):
         """Type C: a stage of the control decoder."""
         if self.control_type != "C" or k + 1 == len(self.up_stages):
             return c
         level, j = self.up_stages[k]
         block = self.up_blocks[level]
-        c = block.stage(j, c, h, temb, ready["up"][level], mask, skips[-1 - k])
+        mask, skip = cond.get("text_mask"), skips[-1 - k]
+        c = block.stage(j, c, h, temb, ready["up"][level], mask, skip)
         turn = self.up_stages[k + 1][0] != level
         return block.upsample(c, skips[-2 - k].shape[1:3]) if turn else c
 
@@ -201,19 +199,20 @@ class ControlNetXS(nn.Module):
         """
         base, zeros = self.base_block_out_channels, jnp.zeros
         widths = [base[0], *(base[i] for i, _ in self.down_stages)]
-        temb, ready = zeros((x.shape[0], 4 * base[0])), self.prepare(hint, {"text": text})
+        cond = {"text": text}
+        temb, ready = zeros((x.shape[0], 4 * base[0])), self.prepare(hint, cond)
         self.learned_time(zeros((x.shape[0], base[0])))
         c, h, skips = x, x, []
         for i, width in enumerate(widths):
-            c = self.down(i, c, h, temb, ready, None)
+            c = self.down(i, c, h, temb, ready, cond)
             h = zeros((*c.shape[:3], width))
             self.from_down(i, c)
             skips.append(c)
-        c = self.mid(c, h, temb, ready, None)
+        c = self.mid(c, h, temb, ready, cond)
         self.from_mid(c)
         for k, (level, _) in enumerate(self.up_stages):
             self.before_up(k, skips)
-            c = self.up(k, c, h, skips, temb, ready, None)
+            c = self.up(k, c, h, skips, temb, ready, cond)
             h = zeros((*c.shape[:3], base[::-1][level]))
             self.after_up(k, c)
         return c
@@ -237,107 +236,6 @@ class ControlNetXS(nn.Module):
         return module.clone(base=base.clone(resnet_eps=1e-6))
 
 
-class Plan:
-    """The sizes of an adapter's blocks. Lists run over levels, highest resolution first."""
-
-    def __init__(self, adapter):
-        self.adapter = adapter
-        self.own, self.base = adapter.block_out_channels, adapter.base_block_out_channels
-        self.layers = adapter.per_level(adapter.layers_per_block)
-        self.encoder = [(self.own[0], self.base[0])]  # channels after each stage: own, base
-        self.encoder += [(self.own[i], self.base[i]) for i, _ in adapter.down_stages]
-
-    def down(self, level):
-        """Fields of an encoder level."""
-        first = 1 + next(n for n, (i, _) in enumerate(self.adapter.down_stages) if i == level)
-        resample = "down" if level + 1 < len(self.own) else None
-        count = self.layers[level] + (resample is not None)
-        before = self.encoder[first - 1 : first - 1 + count]
-        answers = self.adapter.control_type != "A"
-        return {
-            **self._level(level, [self._joined(*w) for w in before[: self.layers[level]]]),
-            "resample": resample,
-            "entries": tuple(self._entry(*w) for w in before),
-            "exits": (self.base[level],) * count if answers else (),
-        }
-
-    def mid(self):
-        """Fields of the middle's level."""
-        own, joined = self.own[-1], self._joined(self.own[-1], self.base[-1])
-        fields = self._level(len(self.own) - 1, [joined, own], attended=True)
-        fields |= {"resample": None, "num_attentions": 1}
-        if self.adapter.compat != "official":
-            loaded = self.adapter.compat == "diffusers_pretrained"
-            most = self.adapter.max_norm_num_groups if loaded else 32
-            one = most_groups(math.gcd(own, own + self.base[-1]), most)
-            fields |= {"resnet_groups": ((one, one),) * 2, "num_groups": one, "epsilon": 1e-6}
-        return fields
-
-    def mid_connections(self):
-        """Channels of the zero convolutions into the middle and out of it."""
-        return self._entry(self.own[-1], self.base[-1]), self.base[-1]
-
-    def up(self, position):
-        """Fields of a level of type C's decoder, counted from the lowest resolution."""
-        level = len(self.own) - 1 - position
-        count = self.layers[level] + 1
-        first = sum(n + 1 for n in self.layers[::-1][:position])
-        count -= level == 0  # after the base's last stage nothing is left to control
-        before = [self._after_up(k) for k in range(first - 1, first - 1 + count)]
-        skips = [self.encoder[-1 - k][0] for k in range(first, first + count)]
-        joined = [self._joined(*w) + s for w, s in zip(before, skips, strict=True)]
-        return {
-            **self._level(level, joined),
-            "resample": "up" if level else None,
-            "entries": tuple(self._entry(*w) for w in before),
-            "exits": (self.base[level],) * count,
-        }
-
-    def up_connections(self):
-        """Types A and B, per decoder level: the base's channels before each of its stages."""
-        stages = self.adapter.up_stages
-        widths = [self._after_up(k - 1)[1] for k in range(len(stages))]
-        levels = range(len(self.own))
-        return [tuple(w for w, (i, _) in zip(widths, stages, strict=True) if i == n) for n in levels]
-
-    def _after_up(self, k):
-        """(own, base) channels after decoder stage `k`; -1 is the middle."""
-        level = -1 if k < 0 else len(self.own) - 1 - self.adapter.up_stages[k][0]
-        return self.own[level], self.base[level]
-
-    def _joined(self, own, base):
-        return own + base if self.adapter.infusion == "cat" else own
-
-    def _entry(self, own, base):
-        return base if self.adapter.infusion == "cat" else own
-
-    def _level(self, level, inputs, attended=False):
-        """What all levels have; `inputs` are the resnets' input channels."""
-        a, own = self.adapter, self.own[level]
-        attended = attended or DOWN[a.down_block_types[level]]
-        heads = a.per_level(a.num_attention_heads)[level]
-        head_dim = a.per_level(a.attention_head_width)[level] or own // heads
-        most = a.max_norm_num_groups
-        if a.compat == "diffusers":
-            most = most_groups(inputs[0], most)
-        return {
-            "features": own,
-            "num_resnets": len(inputs),
-            "depth": a.per_level(a.transformer_layers_per_block)[level] if attended else 0,
-            "num_heads": heads,
-            "head_dim": head_dim,
-            "num_groups": most_groups(own, most),
-            "resnet_groups": tuple((most_groups(n, most), most_groups(own, most)) for n in inputs),
-            "epsilon": 1e-5,
-            "attention_eps": a.attention_eps,
-            "use_linear_projection": a.use_linear_projection,
-            "concatenates": a.infusion == "cat",
-            "dtype": a.dtype,
-            "impl": a.attention_impl,
-            "remat": a.remat,
-        }
-
-
 def from_unet(base, size_ratio=None, block_out_channels=None, head_channels=None, **fields):
     """A `ControlNetXS` that fits `base`, sized by a ratio of its channels or by channels.
 
@@ -359,34 +257,6 @@ def from_unet(base, size_ratio=None, block_out_channels=None, head_channels=None
     return ControlNetXS(block_out_channels=tuple(block_out_channels), **(of_base(base) | fields))
 
 
-def of_base(base):
-    """The fields that an adapter shares with its base."""
-    return {
-        "base_block_out_channels": tuple(base.block_out_channels),
-        "cross_attention_dim": base.cross_attention_dim,
-        "down_block_types": tuple(base.down_block_types),
-        "sample_size": base.sample_size,
-        "transformer_layers_per_block": base.transformer_layers_per_block,
-        "layers_per_block": base.layers_per_block,
-        "use_linear_projection": base.use_linear_projection,
-        "upcast_attention": base.upcast_attention,
-        "max_norm_num_groups": base.norm_num_groups,
-        "in_channels": base.in_channels,
-    }
-
-
-def heads_of(base, widths, head_channels=None):
-    """`num_attention_heads` and, where it is needed, `attention_head_width`."""
-    heads = base.per_level(base.attention_head_dim)
-    if len(set(heads)) == 1 and head_channels is None:
-        n = heads[0]
-        sizes = tuple(max(n, width // n) for width in widths)
-        plain = all(n * size == width for size, width in zip(sizes, widths, strict=True))
-        return {"num_attention_heads": n, "attention_head_width": None if plain else sizes}
-    most = head_channels or base.block_out_channels[0] // heads[0]
-    return {"num_attention_heads": tuple(w // most_groups(w, min(w, most)) for w in widths)}
-
-
 def fresh_params(adapter, key):
     """Fresh float32 parameters, initialised as the official code does.
 
@@ -401,58 +271,3 @@ def fresh_params(adapter, key):
     return tree.map_with_path(
         lambda path, leaf: jnp.zeros_like(leaf) if tree.matches(last, path) else leaf, params
     )
-
-
-def check_fit(base, adapter):
-    """Raises ConfigError for an adapter of another base, or one that diffusers cannot express."""
-    layers = "transformer_layers_per_block", "layers_per_block"
-    pairs = [(n, adapter.per_level(getattr(adapter, n)), base.per_level(getattr(base, n))) for n in layers]
-    pairs += [
-        (name, getattr(adapter, name), getattr(base, name))
-        for name in ("cross_attention_dim", "in_channels")
-    ]
-    pairs.append(
-        ("block_out_channels", tuple(adapter.base_block_out_channels), tuple(base.block_out_channels))
-    )
-    ours, theirs = tuple(adapter.down_block_types), tuple(base.down_block_types)
-    controlled_unet.check_same(base, adapter, [*pairs, ("down_block_types", ours, theirs)])
-    if adapter.compat != "official" and (adapter.control_type, adapter.infusion) != ("B", "cat"):
-        raise ConfigError(
-            f"compat {adapter.compat!r}: diffusers knows only type B with concatenation, not type "
-            f"{adapter.control_type} with {adapter.infusion!r}",
-            "control.attach",
-        )
-
-
-def check_config(adapter):
-    """Raises ConfigError for fields that fit nothing or not each other."""
-    where, n = "controlnet-xs config", len(adapter.block_out_channels)
-    for name, known in (
-        ("control_type", TYPES),
-        ("infusion", INFUSIONS),
-        ("conditioning_channel_order", ("rgb", "bgr")),
-    ):
-        given = getattr(adapter, name)
-        if given not in known:
-            raise ConfigError(f"{name} = {given!r}, expected one of {known}", where)
-    for name in ("base_block_out_channels", "down_block_types"):
-        if len(getattr(adapter, name)) != n:
-            raise ConfigError(f"{name} = {getattr(adapter, name)}, expected {n} of them", where)
-    if not set(adapter.down_block_types) <= set(DOWN):
-        raise ConfigError(f"down_block_types = {adapter.down_block_types}", where)
-    names = ("num_attention_heads", "transformer_layers_per_block", "layers_per_block")
-    for name in (*names, "attention_head_width"):
-        given = adapter.per_level(getattr(adapter, name))
-        if name == "attention_head_width" and set(given) == {None}:
-            continue
-        if len(given) != n or not all(type(v) is int and v > 0 for v in given):
-            raise ConfigError(f"{name} = {given}, expected {n} positive numbers", where)
-    heads = adapter.per_level(adapter.num_attention_heads)
-    for width, count in zip(adapter.block_out_channels, heads, strict=True):
-        if adapter.attention_head_width is None and width < count:
-            raise ConfigError(f"{count} attention heads on {width} channels", where)
-    if not 0.0 <= adapter.time_embedding_mix <= 1.0:
-        given = adapter.time_embedding_mix
-        raise ConfigError(f"time_embedding_mix = {given}, expected 0 to 1", where)
-    if adapter.time_embedding_mix < 1.0 and not adapter.learn_time_embedding:
-        raise ConfigError("time_embedding_mix below 1 needs learn_time_embedding", where)

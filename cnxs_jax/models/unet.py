@@ -152,16 +152,19 @@ class UNet(nn.Module):
         """Adds the text's keys and values and SDXL's embedding of `pooled` and `time_ids`."""
         if "prepared" in cond:
             return cond
-        text = read(cond, "text", self.cross_attention_dim).astype(self.dtype)
-        ready = {
-            "down": tuple(level.keys_values(text) for level in self.down_blocks),
-            "up": tuple(level.keys_values(text) for level in self.up_blocks),
-        }
+        text = self._text(cond)
+        up = tuple(level.keys_values(text) for level in self.up_blocks)
+        return {**cond, "prepared": self.prepare_encoder(cond) | {"up": up}}
+
+    def prepare_encoder(self, cond):
+        """The part of `cond["prepared"]` that encoder and middle read."""
+        text = self._text(cond)
+        ready = {"down": tuple(level.keys_values(text) for level in self.down_blocks)}
         if self.mid_block_type:
             ready["mid"] = self.mid_block.keys_values(text)
         if self.addition_embed_type:
             ready["added"] = self.add_embedding(self._added(cond))
-        return {**cond, "prepared": ready}
+        return ready
 
     def embed(self, t, cond):
         """[B,4*C0]: what the resnets receive, `embed_time` with SDXL's addition."""
@@ -241,6 +244,9 @@ class UNet(nn.Module):
             self.attention_impl,
             self.remat,
         )
+
+    def _text(self, cond):
+        return read(cond, "text", self.cross_attention_dim).astype(self.dtype)
 
     def _added(self, cond):
         """SDXL's micro-conditioning: pooled text and the sinusoids of the numbers, [B,E]."""
