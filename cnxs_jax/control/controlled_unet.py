@@ -321,9 +321,8 @@ def wrap(base, adapters, compat, check):
 
 def check_same(base, adapter, pairs, where="control.attach"):
     """Raises ConfigError listing the (name, of the adapter, of the base) that differ."""
-    wrong = [
-        f"{name} {ours}, of the base {theirs}" for name, ours, theirs in pairs if ours != theirs
-    ]
+    differ = [pair for pair in pairs if pair[1] != pair[2]]
+    wrong = [f"{name} {ours}, of the base {theirs}" for name, ours, theirs in differ]
     if differ:
         raise ConfigError(
             f"the {type(adapter).__name__} belongs to another base: {'; '.join(wrong)}",

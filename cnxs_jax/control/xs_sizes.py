@@ -143,24 +143,19 @@ def heads_of(base, widths, head_channels=None):
 
 def check_fit(base, adapter):
     """Raises ConfigError for an adapter of another base, or one that diffusers cannot express."""
-    layers = "transformer_layers_per_block", "layers_per_block"
-    pairs = [
-        (n, adapter.per_level(getattr(adapter, n)), base.per_level(getattr(base, n)))
-        for n in layers
-    ]
-    pairs += [
-        (name, getattr(adapter, name), getattr(base, name))
-        for name in ("cross_attention_dim", "in_channels")
-    ]
-    pairs.append(
-        (
-            "block_out_channels",
-            tuple(adapter.base_block_out_channels),
-            tuple(base.block_out_channels),
-        )
+    theirs = of_base(base)
+
+    def value(name, given):
+        one_each = name in ("transformer_layers_per_block", "layers_per_block")
+        return base.per_level(given) if one_each else given
+
+    names = (
+        *("base_block_out_channels", "cross_attention_dim", "down_block_types"),
+        *("transformer_layers_per_block", "layers_per_block", "in_channels"),
     )
-    ours, theirs = tuple(adapter.down_block_types), tuple(base.down_block_types)
-    controlled_unet.check_same(base, adapter, [*pairs, ("down_block_types", ours, theirs)])
+    check_same(
+        base, adapter, [(n, value(n, getattr(adapter, n)), value(n, theirs[n])) for n in names]
+    )
     if adapter.compat != "official" and (adapter.control_type, adapter.infusion) != ("B", "cat"):
         raise ConfigError(
             f"compat {adapter.compat!r}: diffusers knows only type B with concatenation, not type "

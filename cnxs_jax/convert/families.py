@@ -8,7 +8,7 @@ import typing
 import jax
 import jax.numpy as jnp
 
-from cnxs_jax.convert import clip, pixart, pixart_control, t5, unet, vae
+from cnxs_jax.convert import clip, controlnet_xs, pixart, pixart_control, t5, unet, vae
 from cnxs_jax.convert.rules import Table
 from cnxs_jax.errors import CnxsError, ConfigError, did_you_mean
 
@@ -119,6 +119,20 @@ def unet_extras(module):
     return unet.EXTRAS
 
 
+def controlnet_xs_example(module):
+    side = 2 ** (len(module.block_out_channels) - 1)
+    pixels = side * module.hint_factor
+    hint = jnp.zeros((1, pixels, pixels, module.conditioning_channels))
+    text = jnp.zeros((1, 1, module.cross_attention_dim))
+    return jnp.zeros((1, side, side, module.in_channels)), hint, text
+
+
+def controlnet_example(module):
+    x, t, cond = unet_example(module)
+    pixels = x.shape[1] * module.hint_factor
+    return x, t, jnp.zeros((1, pixels, pixels, module.conditioning_channels)), cond
+
+
 def clip_text_example(module):
     return (jnp.zeros((1, 2), jnp.int32),)
 
@@ -189,6 +203,22 @@ FAMILIES = (
         unet.DIFFUSERS,
         unet_example,
         supported=unet.SUPPORTED,
+        extras=unet_extras,
+    ),
+    Family(
+        ("ControlNetXSAdapter",),
+        "cnxs_jax.control.controlnet_xs:ControlNetXS",
+        controlnet_xs.DIFFUSERS,
+        controlnet_xs_example,
+        supported={},
+        extras=lambda module: {},
+    ),
+    Family(
+        ("ControlNetModel",),
+        "cnxs_jax.control.controlnet:ControlNet",
+        unet.DIFFUSERS,
+        controlnet_example,
+        supported=unet.SUPPORTED | {"global_pool_conditions": (False,)},
         extras=unet_extras,
     ),
     Family(

@@ -196,7 +196,7 @@ class ResnetBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """3x3 convolution with stride 2 (`Downsample2D`) to `features`, or as many channels as x has."""
+    """3x3 convolution with stride 2 (`Downsample2D`) to `features`, or to as many channels."""
 
     padding: tuple = SAME3
     dtype: jnp.dtype = jnp.float32
