@@ -64,7 +64,7 @@ class ControlNetXS(nn.Module):
     down_block_types: tuple = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
     sample_size: int | None = 96
     transformer_layers_per_block: int | tuple = 1
-    upcast_attention: bool = True
+    upcast_attention: bool | None = True
     max_norm_num_groups: int = 32
     use_linear_projection: bool = True
     control_type: str = "B"

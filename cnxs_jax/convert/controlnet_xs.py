@@ -37,8 +37,9 @@ RESEARCH_CONVS = {
 }
 RESEARCH = {
     "control_model.conv_in.{p}": "conv_in.{p}",
-    "control_model.down_blocks.{n}.downsamplers.0.conv.{p}": "down_blocks.{n}.downsamplers.conv.{p}",
-    "control_model.down_blocks.{n}.{rest}": "down_blocks.{n}.{rest}",
+    "control_model.down_blocks.{n}.resnets.{rest}": "down_blocks.{n}.resnets.{rest}",
+    "control_model.down_blocks.{n}.attentions.{rest}": "down_blocks.{n}.attentions.{rest}",
+    "control_model.down_blocks.{n}.downsamplers.0.{rest}": "down_blocks.{n}.downsamplers.{rest}",
     "control_model.mid_block.{rest}": "mid_block.midblock.{rest}",
     "controlnet_cond_embedding.{rest}": "controlnet_cond_embedding.{rest}",
 }
@@ -105,7 +106,7 @@ def research(module):
 
 
 def unused(tensors, table):
-    """Names of the tensors that no layer reads, in order (published: 4 of sdxl_48m's `label_emb`)."""
+    """Names of the tensors that no layer reads, in order: in sdxl_48m 4 of `label_emb`."""
     return sorted(key for key in tensors if tree.matches(table.ignore, key))
 
 
@@ -157,6 +158,25 @@ def config_of(tensors, where):
         where,
         "give `config`, with the fields of cnxs_jax.control.controlnet_xs.ControlNetXS",
     )
+
+
+def of_research(config):
+    """The adapter's config of the older class's (`ControlNetXSModel`)."""
+    names = {
+        "learn_embedding": "learn_time_embedding",
+        "controlnet_conditioning_channel_order": "conditioning_channel_order",
+    }
+    kept = (
+        *("conditioning_channels", "conditioning_embedding_out_channels", "time_embedding_mix"),
+        *("sample_size", "down_block_types", "block_out_channels", "cross_attention_dim"),
+        *("transformer_layers_per_block", "num_attention_heads", "upcast_attention"),
+    )
+    found = {key: config[key] for key in kept if key in config}
+    found |= {new: config[old] for old, new in names.items() if old in config}
+    if "base_model_channel_sizes" in config:  # (in, out) of conv_in, then of every layer
+        after = [pair[1] for pair in config["base_model_channel_sizes"]["down"]]
+        found["base_block_out_channels"] = after[1::3]  # the first resnet's of each level
+    return {"_class_name": "ControlNetXSAdapter", **found}
 
 
 def _rules(names):
@@ -219,7 +239,7 @@ def _hint(module):
 
 
 def _connections(module, convs):
-    """The zero convolutions: `down_in` i lies before stage i + 1, the last one before the middle."""
+    """The zero convolutions: `down_in` i lies before stage i + 1, the last before the middle."""
     pairs = [(convs["mid_out"], "mid_block.ctrl_to_base")]
     for n, (i, j) in enumerate(module.down_stages):
         pairs.append((convs["down_in"].format(n), f"down_blocks.{i}.base_to_ctrl.{j}"))

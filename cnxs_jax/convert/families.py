@@ -218,8 +218,8 @@ FAMILIES = (
         "cnxs_jax.control.controlnet:ControlNet",
         unet.DIFFUSERS,
         controlnet_example,
-        supported=unet.SUPPORTED | {"global_pool_conditions": (False,)},
-        extras=unet_extras,
+        supported=unet.CONTROLNET,
+        extras=lambda module: {key: values[0] for key, values in unet.CONTROLNET.items()},
     ),
     Family(
         ("CLIPTextModel",),

@@ -40,6 +40,16 @@ SUPPORTED = {
     "cross_attention_norm": (None,),
 }
 EXTRAS = {key: values[0] for key, values in SUPPORTED.items()}
+# The same of `ControlNetModel`, whose config has fewer keys.
+CONTROLNET = {"global_pool_conditions": (False,)} | {
+    key: SUPPORTED[key]
+    for key in (
+        *("flip_sin_to_cos", "freq_shift", "only_cross_attention", "downsample_padding"),
+        *("mid_block_scale_factor", "act_fn", "encoder_hid_dim", "encoder_hid_dim_type"),
+        *("num_attention_heads", "class_embed_type", "num_class_embeds"),
+        "resnet_time_scale_shift",
+    )
+}
 
 # Configs of the published UNets where they differ from the fields' defaults; v-prediction and
 # LCM variants have the same tensors (LCM: and `time_cond_proj_dim` = 256).

@@ -65,7 +65,7 @@ class UNet(nn.Module):
     transformer_layers_per_block: int | tuple = 1
     attention_head_dim: int | tuple = 8
     use_linear_projection: bool = False
-    upcast_attention: bool = False
+    upcast_attention: bool | None = False
     addition_embed_type: str | None = None
     addition_time_embed_dim: int | None = None
     projection_class_embeddings_input_dim: int | None = None
