@@ -28,7 +28,7 @@ XL = BASE | dict(
 )
 # Channels and groups of which every rule of the implementations makes something else.
 ADAPTER = dict(
-    block_out_channels=(6, 12),
+    block_out_channels=(6, 24),
     base_block_out_channels=(8, 16),
     num_attention_heads=(2, 3),
     conditioning_embedding_out_channels=(4, 6),
