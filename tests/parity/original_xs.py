@@ -66,7 +66,7 @@ PUBLISHED = {
 
 def load(package):
     """(two-stream module, base module) of "ldm" (Stable Diffusion) or "sgm" (SDXL)."""
-    stub("omegaconf")
+    stub("omegaconf", ListConfig=list)
     stub("omegaconf.listconfig", ListConfig=list)
     stub("torchvision", transforms=types.ModuleType("torchvision.transforms"))
     stub("annotator")
