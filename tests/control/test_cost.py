@@ -1,4 +1,4 @@
-"""What control costs, by the FLOP walker: an evaluation, and a train step without base gradients."""
+"""What control costs, by the FLOP walker: an evaluation, and a train step with a frozen base."""
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +62,7 @@ def test_a_train_step_computes_no_gradient_of_the_base():
 
 @pytest.mark.slow
 def test_cost_beside_sdxl_at_1024():
-    """One evaluation, 128x128 latents: ControlNet-XS at most 3 % above the base, ControlNet 45 %."""
+    """One evaluation, 128x128 latents: ControlNet-XS at most 3 % above the base; ControlNet 45."""
     base = UNet(**unet.PUBLISHED["sdxl"])
     adapters = {
         "ControlNet-XS 48M": ControlNetXS(**layouts.PUBLISHED["sdxl_48m"]),
