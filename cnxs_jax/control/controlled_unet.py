@@ -140,7 +140,7 @@ class ControlledUNet(nn.Module):
         if "prepared_control" in cond:
             return cond
         adapters = self._adapters()
-        hints = hints_of(cond, len(adapters) if self.several else None)
+        hints = hints_of(cond, adapters, self.several)
         cond = self.base.prepare(cond)
         ready = tuple(a.prepare(hint, cond) for a, hint in zip(adapters, hints, strict=True))
         return {**cond, "prepared_control": ready}
@@ -255,24 +255,24 @@ class Weights:
         return share
 
 
-def hints_of(cond, count=None, channels=3):
-    """`cond["hint"]` as a tuple, checked; `count` of them, or one array if that is None.
+def hints_of(cond, adapters, several):
+    """`cond["hint"]` as a tuple, one an adapter, checked.
 
     Raises ConfigError for missing hints and wrong numbers, shapes, dtypes and, where the values are
     at hand (not under `jit`), for values outside [0, 1].
     """
     hint = cond.get("hint")
-    several = isinstance(hint, tuple | list)
-    given = len(hint) if several else int(hint is not None)
-    if several != (count is not None) or given != (1 if count is None else count):
+    is_tuple = isinstance(hint, tuple | list)
+    given = len(hint) if is_tuple else int(hint is not None)
+    if is_tuple != several or given != len(adapters):
         raise ConfigError(
-            f"{given} hints for {count or 1} adapters",
+            f"{given} hints for {len(adapters)} adapters",
             WHERE,
             "give the control image [B,H,W,3], a tuple of them for several adapters",
         )
     hints = tuple(hint) if several else (hint,)
-    for one in hints:
-        check_hint(one, channels)
+    for one, adapter in zip(hints, adapters, strict=True):
+        check_hint(one, adapter.conditioning_channels)
     return hints
 
 
