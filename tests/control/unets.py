@@ -7,7 +7,7 @@ import numpy as np
 from cnxs_jax import tree
 from cnxs_jax.models.unet import UNet
 
-BATCH, TEXT, FACTOR = 2, 12, 2
+BATCH, TEXT, FACTOR, SIZE = 2, 12, 2, (3, 5)
 BASE = UNet(
     sample_size=8,
     block_out_channels=(8, 16),
@@ -21,14 +21,18 @@ BASE = UNet(
 HINT_WIDTHS = {"conditioning_embedding_out_channels": (4, 6)}  # two pixels a latent
 
 
-def inputs(size=(4, 6), seed=0):
-    """(x, t, cond) with a hint; sizes that differ, so that no axis is taken for another."""
+def inputs(seed=0):
+    """(x, t, cond) with a hint and all factors 1, at a size that does not halve evenly."""
     rng = np.random.default_rng(seed)
-    x = rng.normal(size=(BATCH, *size, 4)).astype(np.float32)
-    text = rng.normal(size=(BATCH, 5, TEXT)).astype(np.float32)
-    pixels = FACTOR * size[0], FACTOR * size[1]
-    hint = rng.uniform(size=(BATCH, *pixels, 3)).astype(np.float32)
-    return jnp.asarray(x), jnp.array([3, 700]), {"text": text, "hint": hint}
+    x = rng.normal(size=(BATCH, *SIZE, 4)).astype(np.float32)
+    hint = rng.uniform(size=(BATCH, *(FACTOR * n for n in SIZE), 3)).astype(np.float32)
+    cond = {
+        "text": rng.normal(size=(BATCH, 5, TEXT)).astype(np.float32),
+        "hint": hint,
+        "control_scale": np.ones(BATCH, np.float32),
+        "connection_scale": np.ones((BATCH, 2 * BASE.num_stages + 1), np.float32),
+    }
+    return jnp.asarray(x), jnp.array([3, 700]), cond
 
 
 def perturbed(params, seed=0, keep=()):
