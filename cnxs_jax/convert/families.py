@@ -8,12 +8,15 @@ import typing
 import jax
 import jax.numpy as jnp
 
-from cnxs_jax.convert import clip, pixart, pixart_control, t5, unet, vae
+from cnxs_jax.convert import clip, controlnet_xs, pixart, pixart_control, t5, unet, vae
 from cnxs_jax.convert.rules import Table
 from cnxs_jax.errors import CnxsError, ConfigError, did_you_mean
 
 # Fields that say how to compute and not what: no part of a config.json.
-RUNTIME = ("parent", "name", "dtype", "remat", "attention_impl")
+RUNTIME = (
+    *("parent", "name", "dtype", "remat", "attention_impl"),
+    *("resnet_eps", "attention_eps", "compat"),  # `control.attach` sets them
+)
 MAX_LAYERS = 1000
 
 
@@ -116,6 +119,20 @@ def unet_extras(module):
     return unet.EXTRAS
 
 
+def controlnet_xs_example(module):
+    side = 2 ** (len(module.block_out_channels) - 1)
+    pixels = side * module.hint_factor
+    hint = jnp.zeros((1, pixels, pixels, module.conditioning_channels))
+    text = jnp.zeros((1, 1, module.cross_attention_dim))
+    return jnp.zeros((1, side, side, module.in_channels)), hint, text
+
+
+def controlnet_example(module):
+    x, t, cond = unet_example(module)
+    pixels = x.shape[1] * module.hint_factor
+    return x, t, jnp.zeros((1, pixels, pixels, module.conditioning_channels)), cond
+
+
 def clip_text_example(module):
     return (jnp.zeros((1, 2), jnp.int32),)
 
@@ -187,6 +204,22 @@ FAMILIES = (
         unet_example,
         supported=unet.SUPPORTED,
         extras=unet_extras,
+    ),
+    Family(
+        ("ControlNetXSAdapter",),
+        "cnxs_jax.control.controlnet_xs:ControlNetXS",
+        controlnet_xs.DIFFUSERS,
+        controlnet_xs_example,
+        supported={},
+        extras=lambda module: {},
+    ),
+    Family(
+        ("ControlNetModel",),
+        "cnxs_jax.control.controlnet:ControlNet",
+        unet.DIFFUSERS,
+        controlnet_example,
+        supported=unet.CONTROLNET,
+        extras=lambda module: {key: values[0] for key, values in unet.CONTROLNET.items()},
     ),
     Family(
         ("CLIPTextModel",),

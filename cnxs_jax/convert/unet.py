@@ -40,6 +40,16 @@ SUPPORTED = {
     "cross_attention_norm": (None,),
 }
 EXTRAS = {key: values[0] for key, values in SUPPORTED.items()}
+# The same of `ControlNetModel`, whose config has fewer keys.
+CONTROLNET = {"global_pool_conditions": (False,)} | {
+    key: SUPPORTED[key]
+    for key in (
+        *("flip_sin_to_cos", "freq_shift", "only_cross_attention", "downsample_padding"),
+        *("mid_block_scale_factor", "act_fn", "encoder_hid_dim", "encoder_hid_dim_type"),
+        *("num_attention_heads", "class_embed_type", "num_class_embeds"),
+        "resnet_time_scale_shift",
+    )
+}
 
 # Configs of the published UNets where they differ from the fields' defaults; v-prediction and
 # LCM variants have the same tensors (LCM: and `time_cond_proj_dim` = 256).
@@ -114,11 +124,11 @@ def ldm(module, prefix=""):
     return Table(rules=tuple(Rule(old, (new,)) for old, new in [*names, *inner]))
 
 
-def _resnet(old, new):
+def resnet_names(old, new):
     return [(f"{old}.{a}", f"{new}.{b}") for a, b in LDM_RESNET.items()]
 
 
-def _transformer(old, new):
+def transformer_names(old, new):
     return [(f"{old}.{{rest}}", f"{new}.{{rest}}")]  # the same names inside
 
 
@@ -128,24 +138,24 @@ def _encoder(module):
         if j == layers[i]:
             yield [(f"input_blocks.{n}.0.op", f"down_blocks.{i}.downsamplers.0.conv")]
             continue
-        yield _resnet(f"input_blocks.{n}.0", f"down_blocks.{i}.resnets.{j}")
+        yield resnet_names(f"input_blocks.{n}.0", f"down_blocks.{i}.resnets.{j}")
         if module.down_block_types[i].startswith("CrossAttn"):
-            yield _transformer(f"input_blocks.{n}.1", f"down_blocks.{i}.attentions.{j}")
+            yield transformer_names(f"input_blocks.{n}.1", f"down_blocks.{i}.attentions.{j}")
 
 
 def _middle():
-    yield _resnet("middle_block.0", "mid_block.resnets.0")
-    yield _transformer("middle_block.1", "mid_block.attentions.0")
-    yield _resnet("middle_block.2", "mid_block.resnets.1")
+    yield resnet_names("middle_block.0", "mid_block.resnets.0")
+    yield transformer_names("middle_block.1", "mid_block.attentions.0")
+    yield resnet_names("middle_block.2", "mid_block.resnets.1")
 
 
 def _decoder(module):
     for n, (i, j) in enumerate(module.up_stages):
         attended = module.up_block_types[i].startswith("CrossAttn")
         last = n + 1 == module.num_stages or module.up_stages[n + 1][0] > i
-        yield _resnet(f"output_blocks.{n}.0", f"up_blocks.{i}.resnets.{j}")
+        yield resnet_names(f"output_blocks.{n}.0", f"up_blocks.{i}.resnets.{j}")
         if last and i + 1 < module.num_levels:  # before the transformer's rule, which takes all
             old = f"output_blocks.{n}.{1 + attended}.conv"
             yield [(old, f"up_blocks.{i}.upsamplers.0.conv")]
         if attended:
-            yield _transformer(f"output_blocks.{n}.1", f"up_blocks.{i}.attentions.{j}")
+            yield transformer_names(f"output_blocks.{n}.1", f"up_blocks.{i}.attentions.{j}")

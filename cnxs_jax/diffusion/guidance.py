@@ -12,7 +12,7 @@ from cnxs_jax.diffusion.schedule import expand
 from cnxs_jax.errors import ConfigError
 
 # What the sampling loop rewrites at each row, so what `prepare` may not freeze.
-ROW_KEYS = ("sigma", "control_scale")
+ROW_KEYS = ("sigma", "control_scale", "control_active")
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,9 @@ def sample(denoise, params, x, cond, table, key=None, noise=None, post=None):
         denoise, params, cond: one each, or a tuple indexed by the table's expert column.
         x: `[B, H, W, C]` standard normal noise; the loop multiplies it by `table.init_scale`.
         cond: dict of arrays with a leading batch axis. The loop writes `sigma`, multiplies
-            `control_scale` by the row's control and removes `null` on rows that are not guided.
+            `control_scale` by the row's control, writes into `control_active` whether that is
+            nonzero (a scale of 0 is not the same as no control: see `controlled_unet`) and
+            removes `null` on rows that are not guided.
         table: a `solvers` table.
         key: one random key, or one per image `[B]`. Image i draws from `fold_in(key, i)` (or its
             own key) and the row's number, so a picture does not depend on its batch.
@@ -117,7 +119,13 @@ def _row_cond(cond, sigma, control, batch):
 def _controlled(cond, control):
     if "control_scale" not in cond:
         return cond
-    return {**cond, "control_scale": _scaled(cond["control_scale"], control)}
+    scale = cond["control_scale"]
+    ones, active = jax.tree.map(jnp.ones_like, scale), jnp.asarray(control != 0, jnp.float32)
+    return {
+        **cond,
+        "control_scale": _scaled(scale, control),
+        "control_active": _scaled(ones, active),
+    }
 
 
 def _scaled(scale, control):

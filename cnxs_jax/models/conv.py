@@ -166,17 +166,23 @@ class GroupNorm(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """Norm, SiLU, conv, (+ time embedding), norm, SiLU, conv, + shortcut (`ResnetBlock2D`)."""
+    """Norm, SiLU, conv, (+ time embedding), norm, SiLU, conv, + shortcut (`ResnetBlock2D`).
+
+    `num_groups`: of both norms, or one number each.
+    """
 
     features: int
-    num_groups: int = 32
+    num_groups: int | tuple = 32
     epsilon: float = 1e-6
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x, temb_BxE=None):
+        both = self.num_groups
+        groups = both if isinstance(both, tuple) else (both, both)
+
         def norm_silu_conv(i, h):
-            h = GroupNorm(self.num_groups, self.epsilon, self.dtype, name=f"norm{i}")(h)
+            h = GroupNorm(groups[i - 1], self.epsilon, self.dtype, name=f"norm{i}")(h)
             return Conv(self.features, dtype=self.dtype, name=f"conv{i}")(nn.silu(h))
 
         h = norm_silu_conv(1, x)
@@ -190,14 +196,16 @@ class ResnetBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """3x3 convolution with stride 2 (`Downsample2D`)."""
+    """3x3 convolution with stride 2 (`Downsample2D`) to `features`, or to as many channels."""
 
     padding: tuple = SAME3
     dtype: jnp.dtype = jnp.float32
+    features: int | None = None
 
     @nn.compact
     def __call__(self, x):
-        conv = Conv(x.shape[-1], 3, 2, self.padding, self.dtype, name="conv")
+        features = self.features or x.shape[-1]
+        conv = Conv(features, 3, 2, self.padding, self.dtype, name="conv")
         return conv(x)
 
 

@@ -48,6 +48,7 @@ class UNet(nn.Module):
         upcast_attention: no effect: logits and softmax are float32 in every compute dtype.
         remat: None, "full", or the name of a policy in `jax.checkpoint_policies`.
         attention_impl: a form of `cnxs_jax.models.attention`, chosen unless given.
+        resnet_eps: of the resnets' norms where it is not `norm_eps` (a controller's choice).
 
     Raises ConfigError for a condition that is missing or has another width.
     """
@@ -66,7 +67,7 @@ class UNet(nn.Module):
     transformer_layers_per_block: int | tuple = 1
     attention_head_dim: int | tuple = 8
     use_linear_projection: bool = False
-    upcast_attention: bool = False
+    upcast_attention: bool | None = False
     addition_embed_type: str | None = None
     addition_time_embed_dim: int | None = None
     projection_class_embeddings_input_dim: int | None = None
@@ -74,6 +75,7 @@ class UNet(nn.Module):
     dtype: jnp.dtype = jnp.float32
     remat: str | None = None
     attention_impl: str | None = None
+    resnet_eps: float | None = None
 
     @property
     def num_levels(self):
@@ -87,15 +89,12 @@ class UNet(nn.Module):
     @property
     def down_stages(self):
         """(level, layer) of encoder stages 1 and up; the layer after the last one downsamples."""
-        layers, last = self.per_level(self.layers_per_block), self.num_levels - 1
-        counts = [n + (i < last) for i, n in enumerate(layers)]
-        return tuple((i, j) for i, n in enumerate(counts) for j in range(n))
+        return down_stages(self.per_level(self.layers_per_block))
 
     @property
     def up_stages(self):
         """(level, layer) of the decoder stages, lowest resolution first."""
-        layers = self.per_level(self.layers_per_block)[::-1]
-        return tuple((i, j) for i, n in enumerate(layers) for j in range(n + 1))
+        return up_stages(self.per_level(self.layers_per_block))
 
     @property
     def num_stages(self):
@@ -155,16 +154,19 @@ class UNet(nn.Module):
         """Adds the text's keys and values and SDXL's embedding of `pooled` and `time_ids`."""
         if "prepared" in cond:
             return cond
-        text = read(cond, "text", self.cross_attention_dim).astype(self.dtype)
-        ready = {
-            "down": tuple(level.keys_values(text) for level in self.down_blocks),
-            "up": tuple(level.keys_values(text) for level in self.up_blocks),
-        }
+        text = self._text(cond)
+        up = tuple(level.keys_values(text) for level in self.up_blocks)
+        return {**cond, "prepared": self.prepare_encoder(cond) | {"up": up}}
+
+    def prepare_encoder(self, cond):
+        """The part of `cond["prepared"]` that encoder and middle read."""
+        text = self._text(cond)
+        ready = {"down": tuple(level.keys_values(text) for level in self.down_blocks)}
         if self.mid_block_type:
             ready["mid"] = self.mid_block.keys_values(text)
         if self.addition_embed_type:
             ready["added"] = self.add_embedding(self._added(cond))
-        return {**cond, "prepared": ready}
+        return ready
 
     def embed(self, t, cond):
         """[B,4*C0]: what the resnets receive, `embed_time` with SDXL's addition."""
@@ -237,13 +239,16 @@ class UNet(nn.Module):
             heads,
             resample,
             self.norm_num_groups,
-            self.norm_eps,
+            self.norm_eps if self.resnet_eps is None else self.resnet_eps,
             self.use_linear_projection,
             num_attentions,
             self.dtype,
             self.attention_impl,
             self.remat,
         )
+
+    def _text(self, cond):
+        return read(cond, "text", self.cross_attention_dim).astype(self.dtype)
 
     def _added(self, cond):
         """SDXL's micro-conditioning: pooled text and the sinusoids of the numbers, [B,E]."""
@@ -292,6 +297,18 @@ class UNet(nn.Module):
 def words(cond, h):
     """(attention mask of the text, `Paint` at the size of `h` [B,H,W,C]); each may be None."""
     return cond.get("text_mask"), paint_at(cond, h.shape[1:3], cond["text"].shape[1])
+
+
+def down_stages(layers):
+    """(level, layer) of encoder stages 1 and up; the layer after a level's last downsamples."""
+    last = len(layers) - 1
+    counts = [n + (i < last) for i, n in enumerate(layers)]
+    return tuple((i, j) for i, n in enumerate(counts) for j in range(n))
+
+
+def up_stages(layers):
+    """(level, layer) of the decoder stages, lowest resolution first."""
+    return tuple((i, j) for i, n in enumerate(layers[::-1]) for j in range(n + 1))
 
 
 def read(cond, key, width=None):

@@ -2,13 +2,23 @@
 
 import json
 import os
+import warnings
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
 from cnxs_jax import sharding, tree
-from cnxs_jax.convert import families, files, pixart, pixart_control, rules, single_file
+from cnxs_jax.convert import (
+    controlnet_xs,
+    families,
+    files,
+    pixart,
+    pixart_control,
+    rules,
+    single_file,
+)
+from cnxs_jax.convert import controlnet_xs_fused as fused
 from cnxs_jax.errors import CheckpointError, ConfigError, did_you_mean
 from cnxs_jax.storage import write_json
 
@@ -34,9 +44,9 @@ def load_model(path, component=None, config=None, dtype=None):
             of Stable Diffusion of the published sizes need nothing else, others need `config` or a
             config.json beside them.
         component: the pipeline's component ("transformer"), the network of a PixArt-ControlNet
-            file ("transformer" or "controlnet") or of a single file ("unet", "vae",
-            "text_encoder", "text_encoder_2"), or the state dict of a `.pth` that has several
-            ("state_dict_ema").
+            file ("transformer" or "controlnet"), of diffusers' fused ControlNet-XS ("unet" or
+            "controlnet") or of a single file ("unet", "vae", "text_encoder", "text_encoder_2"), or
+            the state dict of a `.pth` that has several ("state_dict_ema").
         config: a dict or a JSON file with diffusers' names; goes over the file's own.
         dtype: of parameters and computation ("bfloat16"); None: float32.
 
@@ -92,26 +102,55 @@ def open_model(path, component=None, config=None, dtype=None):
     else:
         raise CheckpointError("there is no such file or directory", str(path))
     tensors, part = read_component(weights, which)
+    if fused.is_fused(tensors):
+        tensors, given = part_of_fused(tensors, given, component, str(weights))
     if part is None:
         family, table, given = recognise(tensors, given, str(weights), str(where))
     else:
         family = families.family_of({"_class_name": part.class_name}, str(weights))
         table, given = part.table, given or part.config(str(weights))
     module, target = families.build(family, given, str(where), dtype)
-    return module, target, tensors, table(module) if callable(table) else table, str(weights)
+    if callable(table):
+        table = table(module)
+        if part is None:
+            report_unused(tensors, table, weights)
+    return module, target, tensors, table, str(weights)
+
+
+def part_of_fused(tensors, config, component, where):
+    """(tensors, config) of the base or the controller of diffusers' fused ControlNet-XS."""
+    if component not in fused.TABLES:
+        raise ConfigError(
+            f"the file holds base and controller: {', '.join(fused.TABLES)}",
+            where,
+            "give one of them as `component`",
+        )
+    return fused.split(tensors, where)[component], fused.split_config(config)[component]
+
+
+def report_unused(tensors, table, weights):
+    """Warns of tensors that the file has and no layer reads."""
+    names = controlnet_xs.unused(tensors, table)
+    if names:
+        shown = ", ".join(names[:8])
+        warnings.warn(f"{weights}: {len(names)} tensors are not used: {shown}", stacklevel=4)
 
 
 def read_component(file, which=None):
     """`(tensors, part)` of one network; `which` is one of a file's networks or state dicts.
 
-    `part` is a `single_file.Part` where the file is one, else None.
+    `part` is a `single_file.Part` where the file is one, else None. A fused ControlNet-XS comes
+    whole: `part_of_fused` takes it apart.
     """
-    network = which in pixart_control.PREFIXES or which in single_file.COMPONENTS
-    tensors = files.read_tensors(file, None if network else which)
-    part = single_file.part_of(tensors, which if network else None, str(file))
+    networks = (*pixart_control.PREFIXES, *single_file.COMPONENTS, *fused.TABLES)
+    tensors = files.read_tensors(file, None if which in networks else which)
+    if fused.is_fused(tensors):
+        return tensors, None
+    name = which if which in networks else None
+    part = single_file.part_of(tensors, name, str(file))
     if part is not None:
         return part.tensors, part
-    return pixart_control.component_of(tensors, which if network else None, str(file)), None
+    return pixart_control.component_of(tensors, name, str(file)), None
 
 
 def recognise(tensors, config, weights, where):
@@ -123,9 +162,16 @@ def recognise(tensors, config, weights, where):
         family = families.family_of({"_class_name": "PixArtControlNetAdapterModel"}, weights)
         config = config or pixart_control.config_of(tensors, weights)
         return family, pixart_control.OFFICIAL, config
+    if controlnet_xs.is_official(tensors) or controlnet_xs.is_research(tensors):
+        family = families.family_of({"_class_name": "ControlNetXSAdapter"}, weights)
+        if controlnet_xs.is_official(tensors):
+            config = config or controlnet_xs.config_of(tensors, weights)
+            return family, controlnet_xs.official, config
+        known = controlnet_xs.of_research(config) if config else None
+        return family, controlnet_xs.research, known or controlnet_xs.config_of(tensors, weights)
     if not config:
         raise ConfigError(
-            "a weight file without a config, and no official PixArt file",
+            "a weight file without a config, and none of the known official files",
             weights,
             "give `config`: a dict or a config.json that has `_class_name` or `architectures`",
         )
@@ -135,7 +181,7 @@ def recognise(tensors, config, weights, where):
 
 def component_directory(path, component):
     """The directory of one component; lists them when the choice is open."""
-    if component is None and (path / "config.json").is_file():
+    if component in (None, *fused.TABLES) and (path / "config.json").is_file():
         return path
     names = sorted(p.parent.name for p in path.glob("*/config.json"))
     if component is None:
@@ -259,6 +305,8 @@ def official_tensors(module, params, null_caption=None):
         base = official_tensors(module.base, params["base"], null_caption)
         control = rules.to_tensors(params["control"], pixart_control.OFFICIAL)
         return pixart_control.join(base, control)
+    if name == "ControlNetXS":
+        return controlnet_xs.official_tensors(module, params)
     if name != "PixArt":
         raise ConfigError(f"there is no official layout of {name}", "--to")
     side = {} if null_caption is None else {pixart.NULL_CAPTION: null_caption}

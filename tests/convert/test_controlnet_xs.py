@@ -1,0 +1,219 @@
+"""ControlNet-XS's layouts without PyTorch: names, round trips, what is ignored or refused."""
+
+import jax
+import numpy as np
+import pytest
+
+from cnxs_jax import tree
+from cnxs_jax.control import controlnet_xs
+from cnxs_jax.control.controlnet_xs import ControlNetXS
+from cnxs_jax.convert import controlnet_xs as layouts
+from cnxs_jax.convert import controlnet_xs_fused as fused
+from cnxs_jax.convert import families, files, rules
+from cnxs_jax.errors import CheckpointError, ConfigError
+from cnxs_jax.pipelines import load
+from tests.control.unets import BASE, HINT_WIDTHS
+
+# (name in the original layout, in the older one, ours) of SD 2.1's adapter, from its files.
+NAMES = """
+control_model.input_blocks.0.0.weight | control_model.conv_in.weight | conv_in/kernel
+control_model.input_blocks.5.0.emb_layers.1.bias
+    | control_model.down_blocks.1.resnets.1.time_emb_proj.bias
+    | down_blocks_1/resnets_1/time_emb_proj/bias
+control_model.input_blocks.6.0.op.weight
+    | control_model.down_blocks.1.downsamplers.0.conv.weight
+    | down_blocks_1/downsamplers/conv/kernel
+control_model.middle_block.1.transformer_blocks.0.attn2.to_out.0.bias
+    | control_model.mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0.bias
+    | mid_block/midblock/attentions_0/transformer_blocks_0/attn2/to_out_0/bias
+control_model.time_embed.2.weight
+    | control_model.time_embedding.linear_2.weight | time_embedding/linear_2/kernel
+enc_zero_convs_in.3.0.bias | down_zero_convs_in.3.bias | down_blocks_1/base_to_ctrl_0/bias
+enc_zero_convs_in.11.0.bias | down_zero_convs_in.11.bias | mid_block/base_to_ctrl/bias
+enc_zero_convs_out.0.0.bias | down_zero_convs_out.0.bias | control_to_base_for_conv_in/bias
+enc_zero_convs_out.3.0.bias | down_zero_convs_out.3.bias | down_blocks_0/ctrl_to_base_2/bias
+middle_block_out.0.bias | middle_block_out.bias | mid_block/ctrl_to_base/bias
+dec_zero_convs_out.4.0.bias | up_zero_convs_out.4.bias | up_connections_1/ctrl_to_base_1/bias
+input_hint_block.14.weight
+    | controlnet_cond_embedding.conv_out.weight | controlnet_cond_embedding/conv_out/kernel
+input_hint_block.4.weight
+    | controlnet_cond_embedding.blocks.1.weight | controlnet_cond_embedding/blocks_1/kernel
+"""
+KINDS = [("A", "cat", False), ("B", "cat", True), ("B", "add", False), ("C", "cat", True)]
+
+
+def shapes_of(module):
+    family = families.family_of_module(module)
+    return jax.eval_shape(module.init, jax.random.key(0), *family.example(module))["params"]
+
+
+def tiny(control_type="B", infusion="cat", learn=True):
+    kind = {"control_type": control_type, "infusion": infusion, "learn_time_embedding": learn}
+    heads = {"num_attention_heads": 2}
+    return controlnet_xs.from_unet(BASE, block_out_channels=(4, 6), **kind, **heads, **HINT_WIDTHS)
+
+
+def numbered(module):
+    """Parameters of which every number is another one."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32), shapes_of(module))
+
+
+def assert_equal(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_names_of_sd21():
+    module = ControlNetXS(**layouts.PUBLISHED["sd21_14m"])
+    paths = {path: np.float32(i) for i, path in enumerate(tree.flatten(shapes_of(module)))}
+    flat = tree.unflatten(paths)
+    for table, column in ((layouts.official(module), 0), (layouts.research(module), 1)):
+        named = {str(value): name for name, value in rules.to_tensors(flat, table).items()}
+        assert len(named) == 402
+        for row in NAMES.replace("\n   ", "").strip().splitlines():
+            names = [name.strip() for name in row.split("|")]
+            assert named[str(paths[names[2]])] == names[column]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_official_round_trip(kind):
+    module = tiny(*kind)
+    params = numbered(module)
+    tensors = layouts.official_tensors(module, params)
+    count = len(tensors) - 1
+    assert count == len(tree.flatten(params))
+    assert tensors["scale_list"].shape == (9 if kind[0] != "A" else 5,)
+    assert layouts.is_official(tensors)
+    back = rules.to_params(tensors, params, layouts.official(module))
+    assert_equal(back, params)
+
+
+def test_research_round_trip_and_its_spare_time_embedding():
+    for learn in (True, False):
+        module = tiny(learn=learn)
+        params = numbered(module)
+        tensors = rules.to_tensors(params, layouts.research(module))
+        assert layouts.is_research(tensors)
+        assert not layouts.is_official(tensors)
+        spare = {"control_model.time_embedding.linear_1.weight": np.zeros((32, 8), np.float32)}
+        table = layouts.research(module)
+        assert_equal(rules.to_params(spare | tensors, params, table), params)
+        assert layouts.unused(spare | tensors, table) == ([] if learn else list(spare))
+
+
+def test_fused_is_split_and_joined():
+    module = tiny()
+    base, own = numbered(BASE), numbered(module)
+    parts = {"unet": rules.to_tensors(base), "controlnet": rules.to_tensors(own)}
+    joined = fused.join(parts["unet"], parts["controlnet"])
+    assert len(joined) == len(parts["unet"]) + len(parts["controlnet"])
+    assert fused.is_fused(joined)
+    again = fused.split(joined)
+    for name, tensors in parts.items():
+        assert again[name].keys() == tensors.keys()
+        assert all(again[name][key] is tensors[key] for key in tensors)
+    with pytest.raises(CheckpointError, match=r"(?s)neither base nor controller.*ctrl_conv_on"):
+        fused.split({**joined, "ctrl_conv_on.weight": np.zeros(1)})
+
+
+def test_fused_config_is_split_and_joined():
+    base, adapter = families.config_of(BASE), families.config_of(tiny())
+    for problem, words in (("layers_per_block = 1", "layers_per_block"), ("type", "control_type")):
+        changed = {**adapter, "control_type": "A"} if problem == "type" else adapter
+        with pytest.raises(ConfigError, match=words):
+            fused.join_config(base, changed)
+    config = fused.join_config({**base, "layers_per_block": 2}, adapter)
+    parts = fused.split_config(config)
+    kept = {k: v for k, v in adapter.items() if k in parts["controlnet"]}
+    assert parts["controlnet"] == kept
+    assert parts["unet"]["attention_head_dim"] == base["attention_head_dim"]
+    assert parts["unet"]["block_out_channels"] == base["block_out_channels"]
+
+
+def test_a_file_is_opened_by_its_names(tmp_path):
+    """Original names with a config; unused tensors are told, others refused."""
+    module = tiny()
+    params, config = numbered(module), families.config_of(module)
+    tensors = layouts.official_tensors(module, params)
+    spare = {"control_model.label_emb.0.0.bias": np.zeros(3, np.float32)}
+    file = tmp_path / "adapter.safetensors"
+    files.write_safetensors(file, tensors | spare)
+    with pytest.warns(UserWarning, match=r"1 tensors are not used: control_model.label_emb.0.0"):
+        opened, found = load.load_model(file, config=config)
+    assert opened == module
+    assert_equal(jax.tree.map(np.asarray, found), params)
+    del tensors["middle_block_out.0.bias"]
+    files.write_safetensors(file, {**tensors, "middle_block_on.0.bias": np.zeros(16, np.float32)})
+    with pytest.raises(CheckpointError, match=r"(?s)mid_block.ctrl_to_base.bias.*middle_block_on"):
+        load.load_model(file, config=config)
+
+
+def test_saved_as_official_and_opened(tmp_path):
+    module = tiny("C")
+    params, file = numbered(module), tmp_path / "adapter.safetensors"
+    load.save_official(module, params, file)
+    opened, found = load.load_model(file, config=families.config_of(module))
+    assert opened == module
+    assert_equal(jax.tree.map(np.asarray, found), params)
+
+
+def test_a_fused_directory_has_two_components(tmp_path):
+    two = BASE.clone(layers_per_block=2)
+    module = controlnet_xs.from_unet(two, block_out_channels=(4, 6), num_attention_heads=2)
+    base, own = numbered(two), numbered(module)
+    tensors = fused.join(rules.to_tensors(base), rules.to_tensors(own))
+    files.write_safetensors(tmp_path / "diffusion_pytorch_model.safetensors", tensors)
+    config = fused.join_config(*map(families.config_of, (two, module)))
+    load.write_json(tmp_path / "config.json", config)
+    for name, expected, numbers in (("unet", two, base), ("controlnet", module, own)):
+        opened, found = load.load_model(tmp_path, name)
+        assert opened == expected
+        assert_equal(jax.tree.map(np.asarray, found), numbers)
+    with pytest.raises(ConfigError, match="base and controller: unet, controlnet"):
+        load.load_model(tmp_path)
+
+
+@pytest.mark.parametrize("name", layouts.PUBLISHED)
+def test_published_files_are_recognised_by_their_sizes(name):
+    config = layouts.PUBLISHED[name]
+    width, text = config["block_out_channels"][0], config["cross_attention_dim"]
+    key = "control_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
+    first = "control_model.input_blocks.0.0.weight"
+    tensors = {first: np.zeros((width, 4, 3, 3)), "input_hint_block.0.weight": np.zeros(1)}
+    tensors[key] = np.zeros((2 * width, text))
+    assert layouts.config_of(tensors, "file") is config
+    tensors[first] = np.zeros((width + 1, 4, 3, 3))
+    with pytest.raises(CheckpointError, match="no published ControlNet-XS"):
+        layouts.config_of(tensors, "file")
+
+
+def test_connection_scales_of_a_file():
+    """A list of ones says nothing; type A's has no encoder."""
+    module = tiny("A")
+    tensors = layouts.official_tensors(module, numbered(module))
+    assert layouts.connection_scales(tensors, module) is None
+    tensors["scale_list"] = np.array([0.5, 1, 1, 1, 0.25], np.float32)
+    scales = layouts.connection_scales(tensors, module)
+    np.testing.assert_array_equal(scales, [1, 1, 1, 1, 0.5, 1, 1, 1, 0.25])
+
+
+def test_configs_of_the_older_class():
+    down = [(4, 320), *[(320, 320)] * 3, (320, 640), *[(640, 640)] * 2, (640, 1280), (1280, 1280)]
+    config = {
+        "_class_name": "ControlNetXSModel",
+        "block_out_channels": [32, 64, 128],
+        "num_attention_heads": [1, 1, 2],
+        "cross_attention_dim": 2048,
+        "down_block_types": list(layouts.PUBLISHED["sdxl_48m"]["down_block_types"]),
+        "transformer_layers_per_block": [1, 2, 10],
+        "learn_embedding": True,
+        "time_embedding_mix": 0.95,
+        "controlnet_conditioning_channel_order": "rgb",
+        "sample_size": 128,
+        "base_model_channel_sizes": {"down": down},
+    }
+    family = families.family_of({"_class_name": "ControlNetXSAdapter"}, "config")
+    module, _ = families.build(family, layouts.of_research(config), "config")
+    expected = ControlNetXS(**layouts.PUBLISHED["sdxl_48m"], time_embedding_mix=0.95)
+    assert module == expected
