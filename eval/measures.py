@@ -12,10 +12,22 @@ import numpy as np
 
 from cnxs_jax.errors import ConfigError, did_you_mean
 from eval import networks
-from eval.metrics import agreement, bootstrap, clip_features, depth, edges, features, fid
+from eval.metrics import (
+    agreement,
+    bootstrap,
+    clip_features,
+    depth,
+    edges,
+    features,
+    fid,
+    masks,
+    mmd,
+    prdc,
+    retrieval,
+    scene_accuracy,
+)
 from eval.metrics import images as quality
 from eval.metrics import kid as kernel_distance
-from eval.metrics import masks, mmd, prdc, retrieval, scene_accuracy
 
 NEEDS = {
     "captions": "captions: --prompts, or a .txt beside every picture",
@@ -166,9 +178,7 @@ def clip_score(sample, pair, real, tools):
 
 def r_precision(sample, pair, real, tools):
     pool = min(RETRIEVAL_POOL, len(sample.images))
-    found = retrieval.retrieval_precision(
-        sample.features("clip"), _texts(sample, tools), pool=pool
-    )
+    found = retrieval.retrieval_precision(sample.features("clip"), _texts(sample, tools), pool=pool)
     return {f"r_precision_of_{pool}_{tools.clip.name.removeprefix('clip_')}": found}
 
 

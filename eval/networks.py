@@ -1,6 +1,6 @@
 """The networks that metrics look through, by name: which file each needs, and opening them once.
 
-    --weights inception=pt_inception-2015-12-05-6726825d.pth --weights clip=clip-vit-large-patch14
+--weights inception=pt_inception-2015-12-05-6726825d.pth --weights clip=clip-vit-large-patch14
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""What an evaluation compares: rows (ways to make pictures), prompts, and what they are held against.
+"""What an evaluation compares: rows (ways to make pictures), prompts, and the reference.
 
 A `Plan` is everything that `run.evaluate` needs to know. The comparison of a student with its
 teacher (`rows`), a sweep of one pipeline (`sweep_rows`) and two folders of pictures

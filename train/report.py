@@ -19,7 +19,8 @@ def write(config, workdir):
     from eval import run  # heavy, and of no use to a run without a report
 
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(config.report).items()}
-    return run.main(config, workdir, out=workdir, summary=costs(config, workdir), **options)
+    summary = costs(config, workdir)
+    return run.main(config, workdir, out=workdir, summary=summary, redraw=True, **options)
 
 
 def costs(config, workdir):

@@ -1,6 +1,7 @@
 """How close a student comes to its teacher for the same prompts and noise, and how sharp both are.
 
-Every function gives figures with intervals (`bootstrap`). Pixel distances credit blur, so a sharpness figure and the checker's verdicts stand beside them.
+Every figure has an interval (`bootstrap`). Pixel distances credit blur, so a sharpness figure and
+the checker's verdicts stand beside them.
 """
 
 import numpy as np
@@ -61,4 +62,6 @@ def verdict_agreement(verdicts, reference):
             f"verdicts must be paired, got {len(verdicts)} and {len(reference)}", "agreement"
         )
     pairs = list(zip(verdicts, reference, strict=True))
-    return bootstrap.ratio([sum(v[k] == r[k] for k in r) for v, r in pairs], [len(r) for _, r in pairs])
+    return bootstrap.ratio(
+        [sum(v[k] == r[k] for k in r) for v, r in pairs], [len(r) for _, r in pairs]
+    )

@@ -48,9 +48,7 @@ def test_pixart_xl_2(side, tera):
     )
 
 
-@pytest.mark.parametrize(
-    ("name", "side", "tera"), [("sd15", 64, 0.803), ("sdxl", 128, 6.761)]
-)
+@pytest.mark.parametrize(("name", "side", "tera"), [("sd15", 64, 0.803), ("sdxl", 128, 6.761)])
 def test_unet(name, side, tera):
     module = UNet(**unets.PUBLISHED[name])
     assert closed_forms.unet(module, 77, side) / 1e12 == pytest.approx(tera, rel=5e-3)
@@ -104,9 +102,14 @@ def test_clip_image():
 
 def test_lowered_and_compiled_programs_count_alike():
     """A tiny UNet with its gradient: loops, strided and doubled convolutions, attention."""
-    module = UNet(block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=16,
-                  down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-                  up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=2)  # fmt: skip
+    module = UNet(
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
     cond = {"text": shape(1, 7, 16)}
     args = (shape(1, 32, 32, 4), shape(1), cond)
     params = jax.eval_shape(module.init, jax.random.key(0), *args)["params"]
