@@ -15,6 +15,7 @@ from cnxs_jax.models.t5 import T5Encoder
 from cnxs_jax.models.unet import UNet
 from cnxs_jax.models.vae import AutoencoderKL
 from eval import closed_forms, flops
+from eval.benchmark_cases import CASES, up_taps
 
 WITHIN = 0.05
 
@@ -29,12 +30,6 @@ def counted(module, *args, method=None):
     params = jax.eval_shape(init, *args)
     program = jax.jit(lambda p, *a: module.apply({"params": p}, *a, method=method))
     return flops.count(program.lower(params, *args))
-
-
-def up_taps():
-    """On a CPU the convolution after a doubling is four convolutions of 2x2."""
-    on_cpu = jax.default_backend() == "cpu"
-    return closed_forms.PHASE_TAPS if on_cpu else closed_forms.UP_TAPS
 
 
 @pytest.mark.parametrize(("side", "tera"), [(32, 0.298), (64, 1.236), (128, 6.510)])
@@ -98,6 +93,15 @@ def test_clip_image():
     closed = closed_forms.clip_image(module)
     assert closed / 1e12 == pytest.approx(0.1621, rel=5e-3)
     assert counted(module, shape(1, 224, 224, 3)) == pytest.approx(closed, rel=WITHIN)
+
+
+@pytest.mark.parametrize("name", ["t5_xxl", "denoise_step_xl_512", "lcd_step_xl_512"])
+def test_every_other_full_size_benchmark_builds(name):
+    """Depth-reduced programs; those of the networks above are built there."""
+    case = CASES[name]("full")
+    for program, lowered in case.lower().items():
+        closed = case.functions()[program][1]
+        assert flops.count(lowered) == pytest.approx(closed, rel=WITHIN)
 
 
 def test_lowered_and_compiled_programs_count_alike():
