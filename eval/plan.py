@@ -14,9 +14,9 @@ import numpy as np
 
 from cnxs_jax.data import scenes
 from cnxs_jax.errors import ConfigError, did_you_mean
+from cnxs_jax.pipelines.scheduler import NAMES
 
 SCHEDULERS = {"DDIM": "ddim", "DPM-Solver++": "dpmpp"}
-OTHER_SCHEDULERS = ("ddpm", "euler", "deis", "lcm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,9 +134,8 @@ def _count(word):
 
 
 def _scheduler(word):
-    if word not in SCHEDULERS.values() and word not in OTHER_SCHEDULERS:
-        known = (*SCHEDULERS.values(), *OTHER_SCHEDULERS)
-        raise ValueError(f"unknown scheduler {word!r}.{did_you_mean(word, known)}")
+    if word not in NAMES:
+        raise ValueError(f"unknown scheduler {word!r}.{did_you_mean(word, NAMES)}")
     return word
 
 
