@@ -85,8 +85,8 @@ def test_folders_that_cannot_be_read(tmp_path, noise):
         folders.paths_of(tmp_path / "absent", "--images")
     with pytest.raises(ConfigError, match="'ssim' needs pictures to pair with"):
         evaluated(a, write(tmp_path / "b", noise, "wxyz"), tmp_path / "out", metrics=("ssim",))
+    options = {"metrics": ("clip_score",), "weights": {"clip": str(tmp_path)}}
     with pytest.raises(ConfigError, match="needs captions"):
-        options = {"metrics": ("clip_score",), "weights": {"clip": str(tmp_path)}}
         evaluated(a, a, tmp_path / "out", **options)
 
 

@@ -56,15 +56,15 @@ def test_what_cannot_be_evaluated(places, tmp_path):
         run.pipeline(places, tmp_path, run.Options(**given))
     with pytest.raises(ConfigError, match="nothing to compare with"):
         run.pipeline(places / "pipe", tmp_path, run.Options(**given), steps=1)
+    options = run.Options(**given, metrics=("scene_accuracy",))
     with pytest.raises(ConfigError, match="scene_accuracy.*needs scenes"):
-        options = run.Options(**given, metrics=("scene_accuracy",))
         run.pipeline(places / "pipe", tmp_path, options, steps=1)
     with pytest.raises(ConfigError, match="no such file or folder"):
         run.pipeline(places / "pipe", tmp_path, run.Options(prompts="absent.txt"))
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(DataError, match="no prompts"):
         run.pipeline(places / "pipe", tmp_path, run.Options(prompts=str(tmp_path / "empty.txt")))
+    options = run.Options(metrics=("agreement",), num_prompts=2, num_real=2)
     with pytest.raises(ConfigError, match="draws 16 x 16 pixels, the scenes have 64 x 64"):
-        options = run.Options(metrics=("agreement",), num_prompts=2, num_real=2)
         run.pipeline(places / "pipe", tmp_path, options, steps=1)
     assert not np.any([p.name == "report.md" for p in tmp_path.iterdir()])
