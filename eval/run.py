@@ -6,6 +6,7 @@ from a pipeline directory, `folders` from two folders of pictures.
 """
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import jax
@@ -36,6 +37,7 @@ class Options:
         size: side that pictures of folders are cut to, px.
         seed: of noise and scenes.
         redraw: draw pictures that were made with other settings again.
+        alone: only this process of several evaluates (the end of a training run).
     """
 
     metrics: tuple | None = None
@@ -49,6 +51,7 @@ class Options:
     size: int | None = None
     seed: int = 0
     redraw: bool = False
+    alone: bool = False
 
     def __post_init__(self):
         networks.check_features(self.features)
@@ -95,7 +98,8 @@ def evaluate(make, planned, tools, metrics=measures.USUAL):
     for row in planned.rows:
         made = {split: make(row, p) for split, p in planned.sets.items()}
         sample = _sample(made, planned.sets, tools)
-        pair = pair or sample  # the first row is the reference of those after it
+        if planned.has["pairs"]:
+            pair = pair or sample  # the first row is the reference of those after it
         table.append(planned.line(row) | measures.figures(metrics, sample, pair, real, tools))
     return table
 
@@ -111,30 +115,33 @@ def _sample(images, sets, tools):
 def finish(planned, gallery, options, out, *, matmul=None, summary=None):
     """Draws, measures and writes: the path of the report, None in processes other than the first.
 
-    Every process draws its share into `out`, which all of them must see; the first one draws what
-    is missing then, and measures.
+    Of several processes, unless `options.alone`, each draws its share into a directory that all of
+    them see; the first one draws what is missing then, and measures.
     """
     metrics = options.metrics or measures.usual(planned.has)
     measures.check_needs(metrics, planned.has)
+    several = jax.process_count() > 1 and not options.alone
+    shared = several and isinstance(gallery, draw.Gallery)
+    path = None
     with precision.matmul(matmul):
-        if isinstance(gallery, draw.Gallery) and jax.process_count() > 1:
-            _draw_shares(planned, gallery)
-            if jax.process_index():
-                return None
-        table = evaluate(gallery, planned, options.tools(), metrics)
-    path = show.write(out, table, planned, gallery, summary)
-    print(report.table(table))
-    print(path)
+        if shared:
+            for row, prompts in itertools.product(planned.rows, planned.sets.values()):
+                gallery.draw_share(row, prompts, jax.process_index(), jax.process_count())
+            _wait_for_all("all pictures are drawn")
+        if options.alone or jax.process_index() == 0:
+            table = evaluate(gallery, planned, options.tools(), metrics)
+            path = show.write(out, table, planned, gallery, summary)
+            print(report.table(table))
+            print(path)
+    if several:
+        _wait_for_all("the report is written")  # a process that leaves early ends the cluster
     return path
 
 
-def _draw_shares(planned, gallery):
+def _wait_for_all(what):
     from jax.experimental import multihost_utils
 
-    for row in planned.rows:
-        for prompts in planned.sets.values():
-            gallery.draw_share(row, prompts, jax.process_index(), jax.process_count())
-    multihost_utils.sync_global_devices("eval: all pictures are drawn")
+    multihost_utils.sync_global_devices(f"eval: {what}")
 
 
 def scene_sets(world, size, options, metrics):
@@ -236,6 +243,7 @@ def pipeline(directory, out, options, sweep=(), steps=None, guidance_scale=None,
     digest = draw.identity(directory)
     sets, real, scenes, config = _prompts_of(options, config or {}, workdir)
     pipe = cnxs_jax.load_pipeline(directory, mesh=draw.local_mesh())
+    _check_size(pipe, sets["test"])
     usual = (4, 0.0) if is_lcm(pipe.scheduler) else (pipe.steps, pipe.guidance_scale)
     steps = usual[0] if steps is None else steps
     guidance_scale = usual[1] if guidance_scale is None else guidance_scale
@@ -254,7 +262,6 @@ def pipeline(directory, out, options, sweep=(), steps=None, guidance_scale=None,
     generate = draw.pipeline_generator({"pipeline": pipe}, None, batch)
     settings = {"pipeline": digest}
     gallery = draw.Gallery(generate, out / ROWS, settings, options.seed, batch, options.redraw)
-    _check_size(gallery, planned)
     matmul = config.get("matmul_precision")
     return finish(planned, gallery, options, out, matmul=matmul, summary=summary)
 
@@ -273,14 +280,13 @@ def _prompts_of(options, config, workdir):
     return scene_sets(world, size, options, options.metrics), real, True, config
 
 
-def _check_size(gallery, planned):
-    """Refuses scenes of another size than the pipeline draws, before all is drawn."""
-    test = planned.sets["test"]
+def _check_size(pipe, test):
+    """Refuses scenes of another size than the pipeline draws."""
     if test.images is None or test.facts is None:
         return
-    first = gallery(planned.rows[0], test.head(1))
-    if first.shape[1:] != test.images.shape[1:]:
-        (h, w), (height, width) = first.shape[1:3], test.images.shape[1:3]
+    drawn, asked = pipe.sizes(None, None)[0], test.images.shape[1:3]
+    if drawn != asked:
+        (h, w), (height, width) = drawn, asked
         raise ConfigError(
             f"the pipeline draws {w} x {h} pixels, the scenes have {width} x {height}",
             "--pipeline",

@@ -62,7 +62,7 @@ def _grid(planned, make):
     rows = planned.shown or planned.rows
     if len(rows) > COLUMNS:  # evenly chosen, with both ends
         rows = [rows[n * (len(rows) - 1) // (COLUMNS - 1)] for n in range(COLUMNS)]
-    columns += [(_heading(row), make(row, test)[:SHOWN]) for row in rows]
+    columns += [(_heading(row), make(row, test.head(SHOWN))[:SHOWN]) for row in rows]
     number = len(columns[0][1])
     captions = list(test.captions[:number]) if test.captions else [""] * number
     drawn = planned.rows[0].steps is not None

@@ -20,7 +20,10 @@ def write(config, workdir):
 
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(config.report).items()}
     summary = costs(config, workdir)
-    return run.main(config, workdir, out=workdir, summary=summary, redraw=True, **options)
+    # Newer weights draw again what older ones drew; other processes are not here.
+    return run.main(
+        config, workdir, out=workdir, summary=summary, redraw=True, alone=True, **options
+    )
 
 
 def costs(config, workdir):
