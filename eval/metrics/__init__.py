@@ -12,5 +12,6 @@
 | `scene_accuracy` | objects, style, background, relation | pictures of emoji scenes |
 
 Feature networks: `features` (EfficientNet-Lite0, from a package), `inception`, `clip_features` and
-`vgg` (by path), read by `weights`. `eval.measures` gives the metrics their names in `--metrics`. Intervals: `bootstrap`, and the estimates of `mmd` and `fid` have their own.
+`vgg` (by path), read by `weights`. `eval.measures` gives the metrics their names in `--metrics`.
+Intervals: `bootstrap`, and the estimates of `mmd` and `fid` have their own.
 """

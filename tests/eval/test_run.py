@@ -140,6 +140,29 @@ def test_a_sweep_has_a_curve_and_a_trade_off(tmp_path, sets):
     assert "| method | guidance_scale | steps |" in (tmp_path / "report.md").read_text()
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_processes_share_the_drawing_and_the_first_one_reports(tmp_path, sets, monkeypatch, alone):
+    waited, drawn = [], []
+    planned = plan.Plan("Test", plan.rows((1,))[:1], {"test": sets["test"]}, sets["test"].images)
+    monkeypatch.setattr(run, "_wait_for_all", waited.append)
+    options = run.Options(metrics=("ssim", "agreement"), alone=alone)
+    monkeypatch.setattr(run.Options, "tools", lambda self: tools())
+    monkeypatch.setattr(measures, "check_needs", lambda *args: None)
+    for index in (1, 0):
+        own = SimpleNamespace(process_count=lambda: 2, process_index=lambda index=index: index)
+        monkeypatch.setattr(run, "jax", own)
+        fake = Fake(sets["test"])
+        make = gallery(fake, tmp_path / "rows", batch_size=4)
+        if alone and index:  # the others of a training run are not in the evaluation
+            continue
+        path = run.finish(planned, make, options, tmp_path)
+        assert (path is None) == (index == 1)
+        drawn.append([n for _, seeds in fake.calls for _, n in seeds])
+    everything = list(range(12))
+    assert drawn == ([everything] if alone else [[4, 5, 6, 7], [0, 1, 2, 3, 8, 9, 10, 11]])
+    assert len(waited) == (0 if alone else 4)
+
+
 def test_kid_without_weights_is_said_not_replaced(tmp_path, sets):
     make = gallery(Fake(*sets.values()), tmp_path)
     planned = plan.Plan("Test", plan.rows((4,)), sets, sets["test"].images)
