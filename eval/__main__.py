@@ -1,31 +1,78 @@
-"""`python -m eval --config=configs/X.py[:variant] --workdir=RUN`: the figures of a finished run.
+"""`python -m eval`: figures with intervals, of a run, of a pipeline, or of folders of pictures.
 
-Compares the student with its teacher (or measures a teacher alone) on held-out prompts and writes
-RUN/eval/report.md, report.json and the pictures. A stopped evaluation goes on where it was. Of a
-config with stages the last one is evaluated (RUN/teacher/export of configs/pixart.py).
+  python -m eval --config=configs/pixart_lcm.py --workdir=RUN
+      the comparison: the student and its teacher on held-out prompts, at equal cost
+  python -m eval --config=configs/pixart_lcm.py --workdir=RUN --sweep guidance_scale=1:8
+      the run's result over a setting; --sweep may be given again, for more lines
+  python -m eval --pipeline=DIR --prompts=prompts.txt --reference=photos --out=OUT \\
+      --metrics=fid,clip_score --weights inception=FILE --weights clip=DIR \\
+      --sweep guidance_scale=1:8
+  python -m eval --images=A --reference=B --metrics=kid,ssim,lpips --out=OUT
+
+Writes report.md (pictures first), report.json and the pictures to RUN/eval or --out. A stopped
+evaluation goes on where it was: pictures that exist are not made again, and pictures of other
+settings are refused. Of a config with stages the last one is evaluated. Several devices share each
+batch; several hosts (--distributed) share the pictures, in a directory that all of them see.
 """
+
+from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
 
 from cnxs_jax import errors
-from eval import run
+from eval import measures, networks, plan, run
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The recipe of the run, e.g. configs/pixart_lcm.py:tiny."
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; the report goes to eval/.")
-METRICS = flags.DEFINE_list("metrics", list(run.METRICS), "What to measure.")
-NUM_PROMPTS = flags.DEFINE_integer("num_prompts", 512, "Held-out prompts (KID claims: >= 1000).")
-NUM_REAL = flags.DEFINE_integer("num_real", 2000, "Real scenes that KID compares with.")
-STEPS = flags.DEFINE_list("steps", ["1", "2", "4", "8"], "Student's steps.")
-REFERENCE = flags.DEFINE_integer("reference_steps", 50, "Guided steps of the teacher at its best.")
-GUIDANCE = flags.DEFINE_float("guidance_scale", None, "Teacher's; default 1 + the config's omega.")
+PIPELINE = flags.DEFINE_string(
+    "pipeline", None, "Pipeline directory to evaluate, instead of a run."
+)
+IMAGES = flags.DEFINE_string("images", None, "Folder of pictures to evaluate, instead of a run.")
+REFERENCE = flags.DEFINE_string(
+    "reference", None, "Real pictures: a folder, or an .npz with mu and sigma for fid and fd."
+)
+PROMPTS = flags.DEFINE_string(
+    "prompts", None, "Prompts: a text file, one a line, or a folder of pictures with captions."
+)
+SIZE = flags.DEFINE_integer("size", None, "Side in px to which pictures of folders are cut.")
+OUT = flags.DEFINE_string("out", None, "Directory of the report; default: WORKDIR/eval.")
+METRICS = flags.DEFINE_list(
+    "metrics",
+    None,
+    f"What to measure: {', '.join(measures.METRICS)}. Default: what can be of "
+    f"{', '.join(measures.USUAL)}.",
+)
+SWEEP = flags.DEFINE_multi_string(
+    "sweep", [], f"A setting and its values: {', '.join(plan.EXAMPLES.values())}."
+)
+WEIGHTS = flags.DEFINE_multi_string(
+    "weights", [], f"name=PATH of a metric's network: {', '.join(networks.FILES)}."
+)
+FEATURES = flags.DEFINE_string(
+    "features", "efflite0", f"Network of fd, kid, mmd and prdc: {', '.join(networks.FEATURES)}."
+)
+NUM_PROMPTS = flags.DEFINE_integer("num_prompts", 512, "Prompts a row (KID claims: >= 1000).")
+NUM_REAL = flags.DEFINE_integer("num_real", 2000, "Real scenes that distributions compare with.")
+STEPS = flags.DEFINE_list(
+    "steps", None, "Student's steps in the comparison (1,2,4,8), or a pipeline's one number."
+)
+REFERENCE_STEPS = flags.DEFINE_integer(
+    "reference_steps", 50, "Guided steps of the teacher at its best."
+)
+GUIDANCE = flags.DEFINE_float(
+    "guidance_scale", None, "Default: of a teacher 1 + the config's omega, of a pipeline its own."
+)
 TEACHER = flags.DEFINE_string("teacher", None, "Pipeline directory; default: the config's.")
 STUDENT = flags.DEFINE_string(
     "student", None, "Pipeline directory; default: RUN/export, if RUN distilled a teacher."
 )
 BATCH = flags.DEFINE_integer("batch_size", None, "Pictures drawn at once.", lower_bound=1)
+SEED = flags.DEFINE_integer("seed", 0, "Of noise and prompts.", lower_bound=0)
+REDRAW = flags.DEFINE_bool("redraw", False, "Draw again what was made with other settings.")
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Several hosts, in a cluster JAX knows.")
 
 
 def whole_numbers(words):
@@ -36,26 +83,96 @@ def whole_numbers(words):
         raise errors.ConfigError(f"not whole numbers: {words}", "--steps", "1,2,4,8") from None
 
 
+def options():
+    """`run.Options` of the flags; a mistake in them is found here, before anything is read."""
+    return {
+        "metrics": None if METRICS.value is None else tuple(METRICS.value),
+        "weights": networks.parse_weights(WEIGHTS.value),
+        "features": FEATURES.value,
+        "num_prompts": NUM_PROMPTS.value,
+        "num_real": NUM_REAL.value,
+        "batch_size": BATCH.value,
+        "reference": REFERENCE.value,
+        "prompts": PROMPTS.value,
+        "size": SIZE.value,
+        "seed": SEED.value,
+        "redraw": REDRAW.value,
+    }
+
+
+def what():
+    """Which of the three is evaluated; ConfigError where the flags name none or several."""
+    given = {
+        "--pipeline": PIPELINE.value,
+        "--images": IMAGES.value,
+        "--config and --workdir": CONFIG.value is not None and WORKDIR.value,
+    }
+    named = [name for name, value in given.items() if value]
+    if PIPELINE.value and CONFIG.value is not None:
+        named = ["--pipeline"]  # the config says which scenes it draws
+    if len(named) != 1:
+        found = " and ".join(named) or "nothing"
+        fix = "--config=... --workdir=RUN, --pipeline=DIR, or --images=A --reference=B"
+        raise errors.ConfigError(f"{found} to evaluate, expected one", "command line", fix)
+    return named[0]
+
+
+def directory():
+    """Where the report goes."""
+    if OUT.value:
+        return Path(OUT.value)
+    if WORKDIR.value:
+        return Path(WORKDIR.value) / "eval"
+    raise errors.ConfigError("no directory for the report", "--out", "--out=DIR")
+
+
 def main(argv):
     if len(argv) > 1:
         raise errors.ConfigError(f"unknown argument {argv[1]!r}", "command line", "see --help")
-    run.main(
-        CONFIG.value,
-        WORKDIR.value,
-        metrics=METRICS.value,
-        num_prompts=NUM_PROMPTS.value,
-        num_real=NUM_REAL.value,
-        steps=whole_numbers(STEPS.value),
-        reference_steps=REFERENCE.value,
-        guidance_scale=GUIDANCE.value,
-        teacher=TEACHER.value,
-        student=STUDENT.value,
-        batch_size=BATCH.value,
-    )
+    sweep = [plan.parse_sweep(text) for text in SWEEP.value]
+    kind, out, given = what(), directory(), options()
+    steps = whole_numbers(STEPS.value) if STEPS.value else None
+    if (sweep or kind == "--pipeline") and steps and len(steps) > 1:
+        fix = f"--sweep steps={','.join(STEPS.value)}"
+        raise errors.ConfigError(f"{len(steps)} numbers of steps", "--steps", fix)
+    if DISTRIBUTED.value:
+        _start_cluster()
+    if kind == "--images":
+        if sweep:
+            raise errors.ConfigError("pictures have no settings to sweep", "--sweep")
+        run.folders_of_pictures(IMAGES.value, REFERENCE.value, out, run.Options(**given))
+    elif kind == "--pipeline":
+        one = steps[0] if steps else None
+        run.pipeline(PIPELINE.value, out, run.Options(**given), sweep, one, GUIDANCE.value,
+                     config=CONFIG.value, workdir=WORKDIR.value)  # fmt: skip
+    else:
+        run.main(
+            CONFIG.value,
+            WORKDIR.value,
+            steps=steps or (1, 2, 4, 8),
+            reference_steps=REFERENCE_STEPS.value,
+            guidance_scale=GUIDANCE.value,
+            teacher=TEACHER.value,
+            student=STUDENT.value,
+            sweep=sweep,
+            out=out,
+            **given,
+        )
     return 0
 
 
+def _start_cluster():
+    import jax
+
+    try:
+        jax.distributed.initialize()
+    except Exception as error:
+        raise errors.DistributedError(
+            f"the cluster did not come up: {str(error).splitlines()[0]}",
+            "--distributed",
+            "start one process a host, on a cluster that JAX knows",
+        ) from error
+
+
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
-    flags.register_validator("workdir", bool, message="give a directory")
     errors.run_app(main)

@@ -4,15 +4,15 @@ import functools
 import hashlib
 import json
 import os
-import zipfile
-import zlib
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from cnxs_jax.errors import CheckpointError
+from cnxs_jax.errors import CheckpointError, ConfigError
 from cnxs_jax.pipelines.images import to_uint8
+
+NOTE = "cnxs_jax"  # the PNG text that says what a picture was made with
 
 
 def pipeline_generator(pipelines, guidance_scale=None, batch_size=64):
@@ -20,13 +20,14 @@ def pipeline_generator(pipelines, guidance_scale=None, batch_size=64):
 
     Args:
         pipelines: {"teacher": pipe, "student": pipe}, from `cnxs_jax.load_pipeline`.
-        guidance_scale: of guided rows; None is the pipeline's own default.
+        guidance_scale: of guided rows that have none of their own; None: the pipeline's default.
         batch_size: pictures a call; short batches are padded, so that one shape compiles.
     """
 
     def generate(row, captions, seeds):
         pipe = pipelines[row.model]
         pipe = pipe.replace(scheduler=row.scheduler) if row.scheduler else pipe
+        scale = guidance_scale if row.guidance_scale is None else row.guidance_scale
         out = []
         for start in range(0, len(captions), batch_size):
             texts = list(captions[start : start + batch_size])
@@ -35,7 +36,7 @@ def pipeline_generator(pipelines, guidance_scale=None, batch_size=64):
             result = pipe(
                 texts + texts[-1:] * missing,
                 num_inference_steps=row.steps,
-                guidance_scale=guidance_scale if row.guided else 0.0,
+                guidance_scale=scale if row.guided else 0.0,
                 seed=spots + spots[-1:] * missing,
                 output_type="np",
             )
@@ -43,6 +44,14 @@ def pipeline_generator(pipelines, guidance_scale=None, batch_size=64):
         return np.concatenate(out)
 
     return generate
+
+
+def local_mesh():
+    """All devices of this process on the `data` axis, or None for one: hosts share no pictures."""
+    from cnxs_jax import sharding
+
+    devices = jax.local_devices()
+    return sharding.make_mesh(devices=devices) if len(devices) > 1 else None
 
 
 @functools.partial(jax.jit, static_argnames="module")
@@ -64,38 +73,104 @@ def round_trip(module, params, batch_size=64):
     return through
 
 
-def cached(generate, directory, identity, seed=0, log=print):
-    """`make(row, prompts)` that keeps each row's pictures of each split in `directory`.
+class Gallery:
+    """The pictures of every row, each drawn once: DIRECTORY/<row>/<split>/000000.png.
 
-    A file made by other weights, prompts or seeds is drawn again: `identity` and the prompts are
-    part of its fingerprint. Noise of prompt n is image n of `seed` in every row.
+    `gallery(row, prompts) -> uint8 [N, H, W, 3]` draws what is missing. Every PNG says in a text
+    field what it was made with; one that was made with other settings is refused, so that no
+    figure mixes two settings. Noise of prompt n is image n of `seed` in every row.
+
+    Args:
+        generate: `generate(row, captions, seeds) -> uint8 images`.
+        directory: made if missing.
+        settings: {name: value}, JSON-able, what all rows share; a value that is a dict by the
+            rows' models ({"pipeline": {"teacher": digest, ...}}) counts for its own rows only.
+        seed: of the noise.
+        batch_size: pictures between two writes.
+        redraw: draw pictures of other settings again, instead of refusing them.
     """
-    directory = Path(directory)
 
-    def make(row, prompts):
-        directory.mkdir(parents=True, exist_ok=True)
-        path = directory / f"{row.slug}_{prompts.split}.npz"
-        key = json.dumps([identity, repr(row), prompts.captions, seed])
-        print_ = hashlib.sha256(key.encode()).hexdigest()
-        images = _read_pictures(path, print_)
-        if images is None:
-            log(f"{row.method}, {row.steps} steps: {len(prompts.captions)} pictures")
-            seeds = [(seed, n) for n in range(len(prompts.captions))]
-            images = generate(row, prompts.captions, seeds)
-            temporary = path.with_name(f".{path.name}.tmp{os.getpid()}.npz")
-            np.savez(temporary, images=images, fingerprint=np.array(print_))
-            temporary.replace(path)
-        return images
+    def __init__(self, generate, directory, settings, seed=0, batch_size=64, redraw=False,
+                 log=print):  # fmt: skip
+        self.generate, self.directory, self.settings = generate, Path(directory), settings
+        self.seed, self.batch_size, self.redraw, self.log = seed, batch_size, redraw, log
 
-    return make
+    def __call__(self, row, prompts):
+        images = [self._read(row, prompts, n) for n in range(len(prompts.captions))]
+        missing = [n for n, image in enumerate(images) if image is None]
+        for n, image in self._draw(row, prompts, missing):
+            images[n] = image
+        return np.stack(images)
+
+    def draw_share(self, row, prompts, index, count):
+        """Draws and keeps what is missing of the batches `index`, `index + count`, ..."""
+        mine = [n for n in range(len(prompts.captions)) if n // self.batch_size % count == index]
+        missing = [n for n in mine if self._read(row, prompts, n) is None]
+        for _ in self._draw(row, prompts, missing):
+            pass
+
+    def made_with(self, row, prompts, n):
+        """What one picture is made with, JSON-able."""
+        shared = {
+            k: v.get(row.model) if isinstance(v, dict) else v for k, v in self.settings.items()
+        }
+        own = {k: getattr(row, k) for k in ("scheduler", "guided", "steps")}
+        if row.guidance_scale is not None:
+            shared["guidance_scale"] = row.guidance_scale
+        return {**shared, **own, "prompt": prompts.captions[n], "seed": [self.seed, n]}
+
+    def _draw(self, row, prompts, missing):
+        """Pairs (n, picture), kept a batch at a time: a run that is stopped goes on there."""
+        if missing:
+            self.log(f"{row.slug}, {prompts.split}: {len(missing)} pictures")
+        for start in range(0, len(missing), self.batch_size):
+            batch = missing[start : start + self.batch_size]
+            captions = [prompts.captions[n] for n in batch]
+            made = self.generate(row, captions, [(self.seed, n) for n in batch])
+            for n, image in zip(batch, made, strict=True):
+                self._write(row, prompts, n, image)
+                yield n, image
+
+    def _path(self, row, prompts, n):
+        return self.directory / row.slug / prompts.split / f"{n:06d}.png"
+
+    def _write(self, row, prompts, n, image):
+        from PIL import Image, PngImagePlugin
+
+        path, note = self._path(row, prompts, n), PngImagePlugin.PngInfo()
+        note.add_text(NOTE, json.dumps(self.made_with(row, prompts, n)))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+        Image.fromarray(image).save(temporary, format="PNG", pnginfo=note)
+        temporary.replace(path)
+
+    def _read(self, row, prompts, n):
+        """A kept picture, None where there is none or a damaged one."""
+        from PIL import Image
+
+        path = self._path(row, prompts, n)
+        try:
+            with Image.open(path) as picture:
+                note, image = json.loads(picture.info[NOTE]), np.asarray(picture.convert("RGB"))
+        except (OSError, SyntaxError, ValueError, KeyError):
+            return None
+        wanted = json.loads(json.dumps(self.made_with(row, prompts, n)))
+        if note == wanted:
+            return image
+        if self.redraw:
+            return None
+        keys = [k for k in wanted | note if note.get(k) != wanted.get(k)]
+        shown = (f"{k} was {_short(note.get(k))}, is {_short(wanted.get(k))}" for k in keys)
+        raise ConfigError(
+            f"the pictures there were made with other settings: {'; '.join(shown)}",
+            str(path),
+            "choose another --out, or draw them again with --redraw",
+        )
 
 
-def _read_pictures(path, fingerprint):
-    try:
-        with np.load(path, allow_pickle=False) as data:
-            return data["images"] if str(data["fingerprint"]) == fingerprint else None
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
-        return None
+def _short(value):
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def identity(directory):

@@ -1,6 +1,7 @@
-"""The pictures of a report: the same prompts and noise side by side, and quality curves."""
+"""The pictures of a report: the same prompts and noise side by side, and curves."""
 
 import io
+import math
 from pathlib import Path
 
 import numpy as np
@@ -56,13 +57,23 @@ def sample_grid(columns, captions, tile=128):
     return canvas
 
 
-def quality_plot(rows, metrics, references=()):
-    """Quality against network evaluations: one panel a metric, one line a method.
+AXES = {
+    "evaluations": "network evaluations an image",
+    "guidance_scale": "guidance scale",
+    "steps": "steps",
+    "scheduler": "scheduler",
+}
+DOUBLING = ("evaluations", "steps")  # axes that are logarithmic
+
+
+def quality_plot(rows, metrics, references=(), axis="evaluations"):
+    """Curves over what differs between the rows: one panel a metric, one line a method.
 
     Args:
-        rows: dicts with `method` (the line), `evaluations` and the metrics, as in a report.
+        rows: dicts with `method` (the line), `axis` and the metrics, as in a report.
         metrics: {row key: axis label}.
         references: methods drawn as horizontal lines (the teacher at many steps).
+        axis: the row key on the x axis, of AXES.
 
     Returns:
         a PIL image, or None where no row has any of the metrics.
@@ -76,40 +87,88 @@ def quality_plot(rows, metrics, references=()):
     if not metrics:
         return None
     methods = list(dict.fromkeys(r["method"] for r in rows))
+    columns = min(len(metrics), 4)
+    lines = -(-len(metrics) // columns)
     figure, axes = plt.subplots(
-        1, len(metrics), figsize=(4.6 * len(metrics), 4.4), squeeze=False, layout="constrained"
-    )
-    for axis, (metric, label) in zip(axes[0], metrics.items(), strict=True):
+        lines, columns, figsize=(4.6 * columns, 3.6 * lines + 0.8), squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for empty in axes.flat[len(metrics) :]:
+        empty.set_axis_off()
+    for panel, (metric, label) in zip(axes.flat, metrics.items(), strict=False):
         for index, method in enumerate(methods):
-            _line(
-                axis, [r for r in rows if r["method"] == method], metric, method, index, references
-            )
-        axis.set_xscale("log", base=2)
-        ticks = sorted({r["evaluations"] for r in rows if r["method"] not in references})
-        axis.set_xticks(ticks, [str(t) for t in ticks])
-        axis.set_xlabel("network evaluations an image")
-        axis.set_title(label)
-        axis.grid(alpha=0.3)
+            own = [r for r in rows if r["method"] == method]
+            _line(panel, own, axis, metric, method, index, references)
+        panel.set_xlabel(AXES[axis])
+        panel.set_title(label)
+        panel.grid(alpha=0.3)
+        _ticks(panel, [r for r in rows if r["method"] not in references], axis)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     return _to_image(figure, plt)
 
 
-def _line(axis, rows, metric, method, index, references):
-    points = [(r["evaluations"], _value(r, metric), r[metric]) for r in rows]
-    points = sorted((p for p in points if p[1] is not None), key=lambda p: p[0])
+def tradeoff_plot(rows, across, up, axis):
+    """One metric against another, the points marked with what was swept.
+
+    Args:
+        across, up: (row key, label) of the x and y axis, such as CLIP score and FID.
+        axis: the row key whose value stands beside each point.
+
+    Returns:
+        a PIL image, or None where no row has both.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg", force=False)
+    from matplotlib import pyplot as plt
+
+    rows = [r for r in rows if _value(r, across[0]) is not None and _value(r, up[0]) is not None]
+    if not rows:
+        return None
+    figure, panel = plt.subplots(figsize=(6, 4.6), layout="constrained")
+    for method in dict.fromkeys(r["method"] for r in rows):
+        own = [r for r in rows if r["method"] == method]
+        x, y = ([_value(r, key) for r in own] for key in (across[0], up[0]))
+        panel.plot(x, y, marker="o", label=method)
+        for r, *spot in zip(own, x, y, strict=True):
+            word = r[axis] if isinstance(r[axis], str) else f"{r[axis]:g}"
+            panel.annotate(word, spot, (4, 4), textcoords="offset points", fontsize=8)
+    panel.set_xlabel(across[1])
+    panel.set_ylabel(up[1])
+    panel.set_title(f"by {AXES[axis]}")
+    panel.grid(alpha=0.3)
+    panel.legend(frameon=False)
+    return _to_image(figure, plt)
+
+
+def _ticks(panel, rows, axis):
+    if axis in DOUBLING:
+        panel.set_xscale("log", base=2)
+        ticks = sorted({r[axis] for r in rows})
+        panel.set_xticks(ticks, [str(t) for t in ticks])
+
+
+def _line(panel, rows, axis, metric, method, index, references):
+    points = [(r[axis], _value(r, metric), r[metric]) for r in rows if metric in r]
+    points = [p for p in points if p[1] is not None]
     if not points:
         return
+    if not isinstance(points[0][0], str):
+        points = sorted(points, key=lambda p: p[0])
     x, y = [p[0] for p in points], [p[1] for p in points]
     if method in references:
         style = ("--", ":")[list(references).index(method) % 2]
-        axis.axhline(y[-1], color="black", linestyle=style, label=f"{method} ({x[-1]} evaluations)")
+        label = f"{method} ({x[-1]} evaluations)"
+        panel.axhline(y[-1], color="black", linestyle=style, label=label)
         return
     below = [v - _bound(p[2], "low", v) for v, p in zip(y, points, strict=True)]
     above = [_bound(p[2], "high", v) - v for v, p in zip(y, points, strict=True)]
     student = "student" in method
-    axis.errorbar(
-        [v * 2 ** (0.03 * (index - 2)) for v in x],  # apart, so that intervals can be read
+    # Apart, so that intervals can be read.
+    apart = [v * 2 ** (0.03 * (index - 2)) for v in x] if axis in DOUBLING else x
+    panel.errorbar(
+        apart,
         y,
         yerr=[np.maximum(below, 0), np.maximum(above, 0)],
         marker="o" if student else "s",
@@ -124,7 +183,8 @@ def _line(axis, rows, metric, method, index, references):
 def _value(row, metric):
     value = row.get(metric)
     value = value.get("value") if isinstance(value, dict) else value
-    return value if isinstance(value, int | float | np.number) else None
+    real = isinstance(value, int | float | np.number) and math.isfinite(value)
+    return value if real else None
 
 
 def _bound(figure, side, value):

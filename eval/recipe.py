@@ -60,7 +60,8 @@ def scenes_of(config, metrics):
     if source not in WORLDS:
         fix = (
             "no metric works without scenes; measure the model on the embedded ones: "
-            f"--config.data.source=emoji_scenes --config.data.size={scene_accuracy.SIZE}"
+            f"--config.data.source=emoji_scenes --config.data.size={scene_accuracy.SIZE}, or on "
+            "your own prompts: --pipeline=DIR --prompts=FILE --reference=FOLDER"
         )
         raise ConfigError(f"{source!r} has no scenes to prompt", "config.data.source", fix)
     make, usual = WORLDS[source]

@@ -2,7 +2,7 @@
 
 Shared by `python -m train` and `python -m eval`. A row is a flat dict; a figure with an interval is
 `{"value": v, "low": l, "high": h}`, with `chance` where that has a meaning; what was not run is the
-string "not run (why)".
+string "not run (why)". `n` is the figure's sample count, of a distance `num_x` and `num_y`.
 """
 
 import dataclasses
@@ -107,11 +107,19 @@ def _cell(value):
         text = _cell(value.get("value"))
         if "low" in value:
             text += f" [{_cell(value['low'])}, {_cell(value['high'])}]"
-        return text + (f" *chance {_cell(value['chance'])}*" if "chance" in value else "")
+        text += f" *chance {_cell(value['chance'])}*" if "chance" in value else ""
+        return text + _counted(value)
     if isinstance(value, float | np.floating):
         small = 0 < abs(value) < 1e-3
         return "-" if not math.isfinite(value) else f"{value:.1e}" if small else f"{value:.3g}"
     return str(value).replace("|", "\\|")
+
+
+def _counted(figure):
+    """The sample count of a figure: of both samples of a distance."""
+    if "num_x" in figure:
+        return f" n={figure['num_x']}/{figure['num_y'] or '?'}"
+    return f" n={figure['n']}" if "n" in figure else ""
 
 
 def plain(value):

@@ -1,239 +1,321 @@
 """The evaluation: makes each row's pictures once, measures them all, writes the report.
 
-The heart is independent of models: `evaluate(make, ...)` takes any `make(row, prompts) -> uint8
-[N, H, W, 3]`. Pictures are kept a row (`draw.cached`), so a run that was stopped goes on where it
-was, and metrics can be added without drawing again.
+The heart is independent of models: `evaluate(make, plan, ...)` takes any `make(row, prompts) ->
+uint8 [N, H, W, 3]`. Three callers make a `Plan` (`eval.plan`) for it: `main` from a run, `pipeline`
+from a pipeline directory, `folders` from two folders of pictures.
 """
 
+import dataclasses
+import itertools
 from pathlib import Path
+
+import jax
 
 import cnxs_jax
 from cnxs_jax import precision
-from cnxs_jax.errors import ConfigError, DataError, did_you_mean
-from eval import pictures, plan, recipe, report
-from eval.draw import cached, identity, pipeline_generator, round_trip
-from eval.metrics import agreement, features, scene_accuracy
-from eval.metrics.kid import kid
+from cnxs_jax.errors import ConfigError, DataError
+from cnxs_jax.pipelines.scheduler import is_lcm
+from eval import draw, folders, measures, networks, plan, recipe, report, show
+from eval.plan import Plan
 
-METRICS = ("scene_accuracy", "kid", "agreement")
-SHOWN = 8  # prompts in the picture grid
-REAL_SEED = 1  # the real scenes that KID compares with; prompts come from seed 0
-ACCURACY = ("objects", "style", "background", "relation", "all_correct")
-# The report's tables; columns that are named nowhere come last.
-LEAD = ("method", "steps", "evaluations")
-GROUPS = (
-    (*LEAD, *ACCURACY, "extra_objects"),
-    (*LEAD, "kid_efflite0", "sharpness", "rmse", "psnr", "same_verdicts"),
-    (*LEAD, "held-out pair: object", "held-out pair: style", "held-out pair: all correct"),
-    (*LEAD, "held-out relation", "held-out relation: all correct"),
-)
-PLOTTED = {
-    "objects": "objects found",
-    "all_correct": "all correct",
-    "kid_efflite0": "KID (EfficientNet-Lite0), lower is better",
-    "sharpness": "sharpness (1 = real scenes)",
-}
+REAL_SEED = 1  # the real scenes that distributions are compared with; prompts come from seed 0
+ROWS = "eval_rows"  # the directory of the pictures
 
 
-def check_metrics(metrics):
-    """The metrics asked for, as a tuple; ConfigError names an unknown one."""
-    for name in metrics:
-        if name not in METRICS:
-            raise ConfigError(
-                f"unknown metric {name!r}.{did_you_mean(name, METRICS)}",
-                "--metrics",
-                f"one or more of {','.join(METRICS)}",
-            )
-    return tuple(metrics)
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What all evaluations may be told; the flags of `python -m eval` of the same names.
+
+    Attributes:
+        metrics: of `measures.METRICS`; None: those of `measures.USUAL` that the plan can have.
+        weights: {network: path}.
+        features: the network of fd, kid, mmd and prdc.
+        num_prompts, num_real: pictures a row, and real ones.
+        batch_size: pictures drawn at once; by default what all prompt sets fill, up to 64.
+        reference: folder of real pictures or `.npz` of statistics, instead of scenes.
+        prompts: file or folder of prompts, instead of scenes.
+        size: side that pictures of folders are cut to, px.
+        seed: of noise and scenes.
+        redraw: draw pictures that were made with other settings again.
+        alone: only this process of several evaluates (the end of a training run).
+    """
+
+    metrics: tuple | None = None
+    weights: dict = dataclasses.field(default_factory=dict)
+    features: str = "efflite0"
+    num_prompts: int = 512
+    num_real: int = 2000
+    batch_size: int | None = None
+    reference: str | None = None
+    prompts: str | None = None
+    size: int | None = None
+    seed: int = 0
+    redraw: bool = False
+    alone: bool = False
+
+    def __post_init__(self):
+        networks.check_features(self.features)
+        if self.metrics is not None:
+            object.__setattr__(self, "metrics", measures.check(self.metrics))
+            measures.check_weights(self.metrics, self.weights, self.features)
+
+    def tools(self):
+        """The networks, none of them opened yet."""
+        return networks.Tools(self.weights, self.features)
+
+    @property
+    def held_out(self):
+        """Prompts of each held-out split."""
+        return max(self.num_prompts // 4, 1)
 
 
-def evaluate(make, rows, sets, real, metrics=METRICS, read=None, extract=None,
-             ceilings=None):  # fmt: skip
+def evaluate(make, planned, tools, metrics=measures.USUAL):
     """Measures all rows.
 
     Args:
-        make: `make(row, prompts) -> uint8 images`, such as `cached(...)`.
-        rows: `plan.Row`s; the first one is the reference for the agreement.
-        sets: {"test": Prompts, ...}; every split but "test" gives accuracy columns of its own.
-        real: uint8 `[M, H, W, 3]` real scenes other than the prompts'.
-        metrics: of METRICS.
-        read: scene checker, `scene_accuracy.load_checker()` by default.
-        extract: feature extractor; None where its weights are not installed: KID "not run".
-        ceilings: {name: function of the prompts' own scenes}, such as a VAE's round trip, measured
-            after the scenes themselves and before the rows.
+        make: `make(row, prompts) -> uint8 images`, such as a `draw.Gallery`.
+        planned: `plan.Plan`.
+        tools: `networks.Tools`.
+        metrics: of `measures.METRICS`.
 
     Returns:
-        list of report rows; the first is the test prompts' own real scenes.
+        list of report rows; those of `planned.ceilings` come first.
     """
-    if not len(real) or "test" not in sets:
-        raise DataError("an evaluation needs real scenes and a test set", "eval")
-    metrics = check_metrics(metrics)
-    accurate = set(recipe.CHECKED) & set(metrics)
-    read = scene_accuracy.load_checker() if accurate and read is None else read
-    real_features = extract(real) if extract and "kid" in metrics else None
-    tools = (read if accurate else None, extract, real, real_features)
-    ceilings = {"real scenes": lambda images: images} | (ceilings or {})
+    metrics, real = measures.check(metrics), planned.real
+    if "test" not in planned.sets or (hasattr(real, "shape") and not len(real)):
+        raise DataError("an evaluation needs a test set and some real pictures", "eval")
+    measures.check_needs(metrics, planned.has)
+    if hasattr(real, "shape"):
+        real = measures.Sample(real, None, tools)
     table = []
-    for name, change in ceilings.items():
-        own = {split: change(p.images) for split, p in sets.items()}
+    for name, change in planned.ceilings.items():
+        own = _sample({s: change(p.images) for s, p in planned.sets.items()}, planned.sets, tools)
         line = {"method": name, "steps": None, "evaluations": None}
-        table.append(line | _measure(own, sets, metrics, *tools)[0])
-    reference = None
-    for row in rows:
-        made = {split: make(row, p) for split, p in sets.items()}
-        line = {"method": row.method, "steps": row.steps, "evaluations": row.evaluations}
-        figures, verdicts = _measure(made, sets, metrics, *tools)
-        reference = reference or (made["test"], verdicts)
-        if "agreement" in metrics:
-            figures |= agreement.pixel_agreement(made["test"], reference[0])
-            figures["same_verdicts"] = agreement.verdict_agreement(verdicts, reference[1])
-        table.append(line | figures)
+        table.append(line | measures.figures(metrics, own, None, real, tools))
+    pair = None
+    if planned.pairs is not None:
+        pair = measures.Sample(planned.pairs, None, tools)
+    for row in planned.rows:
+        made = {split: make(row, p) for split, p in planned.sets.items()}
+        sample = _sample(made, planned.sets, tools)
+        if planned.has["pairs"]:
+            pair = pair or sample  # the first row is the reference of those after it
+        table.append(planned.line(row) | measures.figures(metrics, sample, pair, real, tools))
     return table
 
 
-def _measure(images, sets, metrics, read, extract, real, real_features):
-    """(figures, verdicts on the test prompts) of {split: images}."""
-    out, verdicts = {}, None
-    if read is not None:
-        figures, verdicts = scene_accuracy.score(read, images["test"], sets["test"].facts)
-    if "scene_accuracy" in metrics:
-        out |= {k: figures[k] for k in (*ACCURACY, "extra_objects") if k in figures}
-        for split in [s for s in sets if s != "test"]:
-            out |= _split_figures(read, images[split], sets[split])
-    if "kid" in metrics:
-        out["kid_efflite0"] = _kid(extract, images["test"], real_features)
-    if "agreement" in metrics:
-        out["sharpness"] = agreement.sharpness(images["test"], real)
-    return out, verdicts
+def _sample(images, sets, tools):
+    """The Sample of the test prompts, with those of the other splits."""
+    samples = {s: measures.Sample(images[s], p, tools) for s, p in sets.items()}
+    test = samples.pop("test")
+    test.splits = samples
+    return test
 
 
-def _kid(extract, images, real_features):
-    if extract is None:
-        return f"not run ({features.INSTALL})"
-    return kid(extract(images), real_features).as_dict()
+def finish(planned, gallery, options, out, *, matmul=None, summary=None):
+    """Draws, measures and writes: the path of the report, None in processes other than the first.
+
+    Of several processes, unless `options.alone`, each draws its share into a directory that all of
+    them see; the first one draws what is missing then, and measures.
+    """
+    metrics = options.metrics or measures.usual(planned.has)
+    measures.check_needs(metrics, planned.has)
+    several = jax.process_count() > 1 and not options.alone
+    shared = several and isinstance(gallery, draw.Gallery)
+    path = None
+    with precision.matmul(matmul):
+        if shared:
+            for row, prompts in itertools.product(planned.rows, planned.sets.values()):
+                gallery.draw_share(row, prompts, jax.process_index(), jax.process_count())
+            _wait_for_all("all pictures are drawn")
+        if options.alone or jax.process_index() == 0:
+            table = evaluate(gallery, planned, options.tools(), metrics)
+            path = show.write(out, table, planned, gallery, summary)
+            print(report.table(table))
+            print(path)
+    if several:
+        _wait_for_all("the report is written")  # a process that leaves early ends the cluster
+    return path
 
 
-def _split_figures(read, images, prompts):
-    """Columns of a held-out split; of pairs, only the held-out object itself and its style."""
-    figures, verdicts = scene_accuracy.score(read, images, prompts.facts)
-    if prompts.split == "heldout_pairs":
-        rows = [
-            {"object 0": v[f"object {f['concepts'].index(c)}"], "style": v["style"]}
-            for v, f, c in zip(verdicts, prompts.facts, prompts.heldout, strict=True)
-        ]
-        own = scene_accuracy.summarise(rows)
-        return {
-            "held-out pair: object": own["objects"],
-            "held-out pair: style": own["style"],
-            "held-out pair: all correct": figures["all_correct"],
-        }
-    if prompts.split == "heldout_relations":
-        return {
-            "held-out relation": figures["relation"],
-            "held-out relation: all correct": figures["all_correct"],
-        }
-    return {f"{prompts.split}: all correct": figures["all_correct"]}
+def _wait_for_all(what):
+    from jax.experimental import multihost_utils
+
+    multihost_utils.sync_global_devices(f"eval: {what}")
 
 
-def write(workdir, table, rows, make, prompts, notes=(), title="Evaluation", summary=None):
-    """`report.md`, `report.json` and the pictures: samples side by side, then the curves."""
-    columns = [("a real scene\nfor the prompt", prompts.images[:SHOWN])]
-    head = plan.Prompts(*(v if isinstance(v, str) else v[:SHOWN] for v in vars(prompts).values()))
-    for row in shown_rows(rows):
-        columns.append((_heading(row), make(row, prompts)[:SHOWN]))
-    grid = pictures.sample_grid(columns, head.captions)
-    made = [
-        report.Picture("samples", grid, "The same prompts and the same noise, by method and steps.")
-    ]
-    references = [r.method for r in rows if r.steps == max(x.steps for x in rows)]
-    curves = pictures.quality_plot(
-        [line for line in table if line["evaluations"]], PLOTTED, references
-    )
-    if curves is not None:
-        made.append(
-            report.Picture(
-                "quality", curves, "Quality against network evaluations, with 95 % intervals."
-            )
-        )
-    return report.write_report(workdir, table, made, title=title, summary=summary, notes=notes,
-                               groups=GROUPS)  # fmt: skip
+def scene_sets(world, size, options, metrics):
+    """{split: Prompts}: test prompts, and the held-out splits where something reads them."""
+    numbers = {"test": options.num_prompts}
+    if metrics is None or "scene_accuracy" in metrics:
+        numbers |= dict.fromkeys(("heldout_pairs", "heldout_relations"), options.held_out)
+    return {s: plan.prompts(world, s, n, options.seed, size) for s, n in numbers.items()}
 
 
-def _heading(row):
-    solver = row.method.removeprefix(row.model).split(",")[0].strip() or "consistency"
-    steps = f"{row.steps} {'guided ' * row.guided}step{'s' * (row.steps > 1)}"
-    evaluations = f"{row.evaluations} evaluation{'s' * (row.evaluations > 1)}"
-    return "\n".join((row.model, solver, steps, evaluations))
+def references(options, world=None, size=None):
+    """What distributions are compared with: `--reference`, or fresh scenes, or None."""
+    if options.reference:
+        return folders.reference(options.reference, options.size)
+    if world is None:
+        return None
+    real_seed = options.seed + REAL_SEED
+    return plan.prompts(world, "test", options.num_real, real_seed, size).images
 
 
-def shown_rows(rows):
-    """Columns of the picture grid: the reference, the teacher with 4 evaluations, the student."""
-    teacher = [r for r in rows if r.model == "teacher"]
-    few = [r for r in teacher if r.evaluations == 4]
-    return [*teacher[:1], *few, *(r for r in rows if r.model == "student")]
-
-
-def notes(num_prompts, num_real, guidance_scale):
-    """The sentences below the table."""
-    scale = "the pipeline's default" if guidance_scale is None else f"{guidance_scale:g}"
-    out = [
-        f"{num_prompts} held-out prompts, the same noise in every row; guidance scale {scale}. "
-        "An evaluation is one pass of one picture through the network: a guided step needs two. "
-        "In brackets: 95 % intervals; *chance* is the same figure with the prompts shuffled among "
-        "the pictures.",
-        f"KID (cubic kernel, EfficientNet-Lite0 features at 128 px) is against {num_real} real "
-        "scenes of the test split; it is unbiased, so that it may be negative. Agreement (rmse, "
-        "psnr, same_verdicts) is with the first generated row. Sharpness is gradient energy "
-        "relative to real scenes.",
-    ]
-    if num_prompts < 1000:
-        out.append(f"KID of {num_prompts} pictures: fewer than the 1000 that a claim needs.")
-    return out
-
-
-def main(config, workdir, *, metrics=METRICS, num_prompts=512, num_real=2000, steps=(1, 2, 4, 8),
-         reference_steps=50, solvers=tuple(plan.SCHEDULERS), guidance_scale=None, teacher=None,
-         student=None, batch_size=None, seed=0, out=None, summary=None):  # fmt: skip
+def main(config, workdir, *, steps=(1, 2, 4, 8), reference_steps=50,
+         solvers=tuple(plan.SCHEDULERS), guidance_scale=None, teacher=None, student=None, sweep=(),
+         out=None, summary=None, **options):  # fmt: skip
     """Evaluates a run (see `python -m eval --help`) and returns the path of the report.
 
     Args:
         config: the run's; of one with `stages` the last stage is evaluated. Prompts and real scenes
             are those of its `data` (source, size, num_concepts), held out of training.
         workdir: the run's, the one that was given to training.
+        sweep: [(key, values)] of `plan.parse_sweep`: the run's result (its student, if it has one)
+            over these values, instead of the comparison with its teacher.
         out: directory of the report, `workdir`/eval by default. Training's own short report is the
             same call with fewer prompts and `out=workdir`.
         solvers: names in `plan.SCHEDULERS` for the teacher's rows.
-        batch_size: pictures drawn at once; by default one that all prompt sets fill, up to 64.
         summary: figures to print below the tables, such as the training cost.
+        options: of `Options`.
 
     Raises:
         ConfigError, DataError, CheckpointError: before any device work where possible.
     """
-    metrics = check_metrics(metrics)
+    options = Options(**options)
+    out = Path(workdir) / "eval" if out is None else Path(out)
     places = recipe.directories(config, workdir, teacher, student)
+    if sweep:
+        place = places.get("student") or places["teacher"]
+        return pipeline(place, out, options, sweep, _one(steps), guidance_scale, config=config,
+                        workdir=workdir, summary=summary)  # fmt: skip
+    if options.prompts or options.reference:
+        fix = "compare pipelines with --pipeline=DIR, or sweep one with --sweep"
+        raise ConfigError("the comparison with a teacher is on scenes", "--prompts", fix)
     config, _ = recipe.last_stage(config, workdir)
+    metrics = options.metrics or measures.USUAL
     world, size = recipe.scenes_of(config, metrics)
     rows = plan.rows(steps, reference_steps, "student" in places, solvers)
-    who = {name: identity(path) for name, path in places.items()}
-    held_out = max(num_prompts // 4, 1)
-    numbers = {"test": num_prompts, "heldout_pairs": held_out, "heldout_relations": held_out}
-    sets = {split: plan.prompts(world, split, n, seed, size) for split, n in numbers.items()}
-    batch_size = batch_size or min(held_out, 64)
-    real = plan.prompts(world, "test", num_real, seed + REAL_SEED, size).images
+    who = {name: draw.identity(path) for name, path in places.items()}
+    sets = scene_sets(world, size, options, metrics)
     if guidance_scale is None and "objective" in config and "omega" in config.objective:
         guidance_scale = 1.0 + config.objective.omega  # the (1 + omega) form of the LCM papers
-    pipes = {name: cnxs_jax.load_pipeline(path) for name, path in places.items()}
-    out = Path(workdir) / "eval" if out is None else Path(out)
-    generate = pipeline_generator(pipes, guidance_scale, batch_size)
-    make = cached(generate, out / "eval_rows", [who, guidance_scale], seed)
-    wanted = "kid" in metrics and features.weights_path() is not None
-    extract = features.extractor() if wanted else None
+    mesh = draw.local_mesh()
+    pipes = {name: cnxs_jax.load_pipeline(path, mesh=mesh) for name, path in places.items()}
+    batch = options.batch_size or min(options.held_out, 64)
     vae = pipes["teacher"].components["vae"]
-    ceilings = {"real scenes through the VAE": round_trip(vae.module, vae.params, batch_size)}
-    with precision.matmul(config.get("matmul_precision")):
-        table = evaluate(make, rows, sets, real, metrics, extract=extract, ceilings=ceilings)
-    sentences = notes(num_prompts, num_real, guidance_scale)
-    path = write(out, table, rows, make, sets["test"], sentences, summary=summary)
-    print(report.table(table))
-    print(path)
-    return path
+    ceilings = {
+        "real scenes": lambda images: images,
+        "real scenes through the VAE": draw.round_trip(vae.module, vae.params, batch),
+    }
+    told = "the pipeline's default" if guidance_scale is None else f"{guidance_scale:g}"
+    most = max(row.steps for row in rows)
+    planned = Plan(
+        "Evaluation", tuple(rows), sets, references(options, world, size), ceilings=ceilings,
+        references=tuple(r.method for r in rows if r.steps == most), shown=show.shown_rows(rows),
+        notes=show.notes(options.num_prompts, options.num_real, told, metrics, options.features),
+    )  # fmt: skip
+    generate = draw.pipeline_generator(pipes, guidance_scale, batch)
+    settings = {"pipeline": who, "guidance_scale": guidance_scale}
+    gallery = draw.Gallery(generate, out / ROWS, settings, options.seed, batch, options.redraw)
+    matmul = config.get("matmul_precision")
+    return finish(planned, gallery, options, out, matmul=matmul, summary=summary)
+
+
+def _one(steps):
+    """The steps of a pipeline's rows: one number, or None for its own."""
+    if steps is None or len(steps) > 1:
+        return None
+    return steps[0]
+
+
+def pipeline(directory, out, options, sweep=(), steps=None, guidance_scale=None, *, config=None,
+             workdir=None, summary=None):  # fmt: skip
+    """Evaluates one pipeline directory, at one setting or over a sweep; the path of the report.
+
+    Args:
+        directory: in diffusers' layout.
+        out: directory of the report.
+        options: `Options`; without `prompts` they come from the scenes of `config`'s data.
+        sweep: [(key, values)] of `plan.parse_sweep`.
+        steps, guidance_scale: where not swept; None: the pipeline's own.
+    """
+    digest = draw.identity(directory)
+    sets, real, scenes, config = _prompts_of(options, config or {}, workdir)
+    pipe = cnxs_jax.load_pipeline(directory, mesh=draw.local_mesh())
+    _check_size(pipe, sets["test"])
+    usual = (4, 0.0) if is_lcm(pipe.scheduler) else (pipe.steps, pipe.guidance_scale)
+    steps = usual[0] if steps is None else steps
+    guidance_scale = usual[1] if guidance_scale is None else guidance_scale
+    rows = tuple(plan.sweep_rows(sweep, steps, guidance_scale))
+    keys = tuple(key for key, _ in sweep)
+    metrics = options.metrics or measures.USUAL
+    number = len(sets["test"].captions)
+    told = "as in the table" if "guidance_scale" in keys else f"{guidance_scale:g}"
+    num_real = len(real) if hasattr(real, "__len__") else "the reference's"
+    batch = options.batch_size or min(number, 64)
+    planned = Plan(
+        f"Evaluation of {Path(directory).name}", rows, sets, real, axis=(*keys, "evaluations")[0],
+        ceilings={"real scenes": lambda images: images} if scenes else {}, swept=keys,
+        notes=show.notes(number, num_real, told, metrics, options.features),
+    )  # fmt: skip
+    generate = draw.pipeline_generator({"pipeline": pipe}, None, batch)
+    settings = {"pipeline": digest}
+    gallery = draw.Gallery(generate, out / ROWS, settings, options.seed, batch, options.redraw)
+    matmul = config.get("matmul_precision")
+    return finish(planned, gallery, options, out, matmul=matmul, summary=summary)
+
+
+def _prompts_of(options, config, workdir):
+    """(sets, real, whether they are scenes, config of the last stage)."""
+    config, _ = recipe.last_stage(config, workdir or "")
+    if options.prompts:
+        test = folders.prompts(options.prompts, options.num_prompts, options.size)
+        real = references(options)
+        real = test.images if real is None else real
+        return {"test": test}, real, False, config
+    checked = set(recipe.CHECKED) & set(options.metrics or recipe.CHECKED)
+    world, size = recipe.scenes_of(config, checked)
+    real = references(options, world, size)
+    return scene_sets(world, size, options, options.metrics), real, True, config
+
+
+def _check_size(pipe, test):
+    """Refuses scenes of another size than the pipeline draws."""
+    if test.images is None or test.facts is None:
+        return
+    drawn, asked = pipe.sizes(None, None)[0], test.images.shape[1:3]
+    if drawn != asked:
+        (h, w), (height, width) = drawn, asked
+        raise ConfigError(
+            f"the pipeline draws {w} x {h} pixels, the scenes have {width} x {height}",
+            "--pipeline",
+            "give prompts and real pictures: --prompts=FILE --reference=FOLDER",
+        )
+
+
+def folders_of_pictures(images, reference, out, options):
+    """Evaluates the pictures of one folder against another's; the path of the report.
+
+    Pictures of the same names are pairs. Maps (edges, depth, masks) are read as grey values.
+    """
+    if not reference:
+        raise ConfigError("--images needs --reference", "--reference", measures.NEEDS["set"])
+    paths = folders.paths_of(images, "--images")
+    made = folders.read(paths, options.size)
+    real, pairs = folders.reference(reference, options.size), None
+    if hasattr(real, "shape"):
+        found = folders.pairs(paths, folders.paths_of(reference, "--reference"))
+        pairs = None if found is None else folders.read(found, options.size)
+        if pairs is not None and pairs.shape != made.shape:
+            what = f"pairs of different sizes: {made.shape[1:3]} and {pairs.shape[1:3]}"
+            raise DataError(what, str(reference), "--size=256 cuts all to one size")
+    captions = folders.captions_of(paths, images)
+    row = plan.Row(Path(images).name, "images")
+    metrics = options.metrics or measures.USUAL
+    planned = Plan(
+        f"{Path(images).name} against {Path(reference).name}", (row,),
+        {"test": plan.Prompts("test", captions)}, real, pairs, maps=pairs is not None,
+        notes=show.folder_notes(len(made), real, metrics, options.features),
+    )  # fmt: skip
+    return finish(planned, lambda row, prompts: made, options, out)

@@ -42,7 +42,11 @@ def write(config, workdir):
     from eval import run  # heavy, and of no use to a run without a report
 
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(config.report).items()}
-    return run.main(config, workdir, out=workdir, summary=costs(config, workdir), **options)
+    summary = costs(config, workdir)
+    # Newer weights draw again what older ones drew; other processes are not here.
+    return run.main(
+        config, workdir, out=workdir, summary=summary, redraw=True, alone=True, **options
+    )
 
 
 def costs(config, workdir):

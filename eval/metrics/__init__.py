@@ -11,6 +11,7 @@
 | `edges`, `depth`, `masks` | edge F1, Hausdorff; depth error, order; IoU | paired maps |
 | `scene_accuracy` | objects, style, background, relation | pictures of emoji scenes |
 
-Feature networks: `features` (EfficientNet-Lite0, from a package), `inception` and `vgg` (by path),
-read by `weights`. Intervals: `bootstrap`, and the estimates of `mmd` and `fid` have their own.
+Feature networks: `features` (EfficientNet-Lite0, from a package), `inception`, `clip_features` and
+`vgg` (by path), read by `weights`. `eval.measures` gives the metrics their names in `--metrics`.
+Intervals: `bootstrap`, and the estimates of `mmd` and `fid` have their own.
 """

@@ -1,30 +1,38 @@
 """How close a student comes to its teacher for the same prompts and noise, and how sharp both are.
 
-Pixel distances credit blur, so a sharpness figure and the checker's verdicts stand beside them.
+Every figure has an interval (`bootstrap`). Pixel distances credit blur, so a sharpness figure and
+the checker's verdicts stand beside them.
 """
 
 import numpy as np
 
 from cnxs_jax.errors import DataError
-from eval.metrics import inputs
+from eval.metrics import bootstrap, inputs
+from eval.metrics import images as quality
 
 LUMA = np.array([0.299, 0.587, 0.114])
 
 
 def pixel_agreement(images, reference):
-    """Mean RMSE (in [0, 1] units) and PSNR (dB, of the mean squared error) of paired images.
+    """RMSE (in [0, 1] units) and PSNR (dB) of paired images, means over pictures.
 
     Args:
         images, reference: uint8 `[N, H, W, 3]`, paired.
 
     Returns:
-        {"rmse": mean over images, "psnr": dB}; identical images have an infinite PSNR.
+        {"rmse": figure, "psnr": figure}; with identical pictures the PSNR is infinite.
     """
     a, b = inputs.image_pairs(images, reference, "agreement")
-    squared = (((a - b) / 255.0) ** 2).mean((1, 2, 3))
-    mean = squared.mean()
-    psnr = float("inf") if mean == 0 else float(-10 * np.log10(mean))
-    return {"rmse": float(np.sqrt(squared).mean()), "psnr": psnr}
+    rmse = np.sqrt((((a - b) / 255.0) ** 2).mean((1, 2, 3)))
+    psnr = quality.psnr(images, reference)
+    return {"rmse": bootstrap.mean(rmse), "psnr": mean_or_infinite(psnr)}
+
+
+def mean_or_infinite(values):
+    """`bootstrap.mean`; where a value is infinite so is the mean, and it has no interval."""
+    if np.isposinf(values).any():
+        return {"value": float("inf"), "n": len(values)}
+    return bootstrap.mean(values)
 
 
 def gradient_energy(images):
@@ -35,8 +43,12 @@ def gradient_energy(images):
 
 
 def sharpness(images, real):
-    """Gradient energy relative to real images: 1 is as sharp as real, below 1 is blurred."""
-    return float(gradient_energy(images).mean() / gradient_energy(real).mean())
+    """Gradient energy relative to real images: 1 is as sharp as real, below 1 is blurred.
+
+    The interval is over the images, with the real ones as they are.
+    """
+    scale = gradient_energy(real).mean()
+    return bootstrap.mean(gradient_energy(images) / scale)
 
 
 def verdict_agreement(verdicts, reference):
@@ -49,5 +61,7 @@ def verdict_agreement(verdicts, reference):
         raise DataError(
             f"verdicts must be paired, got {len(verdicts)} and {len(reference)}", "agreement"
         )
-    same = [v[k] == r[k] for v, r in zip(verdicts, reference, strict=True) for k in r]
-    return float(np.mean(same))
+    pairs = list(zip(verdicts, reference, strict=True))
+    return bootstrap.ratio(
+        [sum(v[k] == r[k] for k in r) for v, r in pairs], [len(r) for _, r in pairs]
+    )

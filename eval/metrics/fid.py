@@ -70,6 +70,20 @@ def frechet(a, b):
     return _solve(a, b)[0]
 
 
+def distance(x, other):
+    """`frechet_distance`, or with the `Moments` of a reference whose pictures are not here.
+
+    Then the interval is over `x` alone, and `num_y` is 0: the file does not say it.
+    """
+    if not isinstance(other, Moments):
+        return frechet_distance(x, other)
+    x, _ = inputs.features(x, x, "frechet")
+    a = moments(x)
+    value, root, _, (left, middle, _) = _solve(a, other)
+    variance = _influence(x, a, other, root, left, middle).var(ddof=1) / len(x)
+    return Estimate.of(value, np.sqrt(variance), x, ())
+
+
 def frechet_distance(x, y):
     """Frechet distance of features `x [n, d]` and `y [m, d]`, as an `Estimate`.
 

@@ -1,7 +1,9 @@
 """What the metrics accept, refused in one way: features, pictures, and maps over pictures."""
 
+import jax
 import numpy as np
 
+from cnxs_jax import sharding
 from cnxs_jax.errors import DataError
 
 
@@ -55,11 +57,20 @@ def map_pairs(x, y, metric, dtype):
 
 def in_batches(function, batch_size, *arrays):
     """`function(*arrays)` over batches of rows, as one array; the last one is padded, so that one
-    shape compiles."""
-    outs = []
+    shape compiles. On several devices each takes its part of a batch."""
+    outs, place = [], _spread(batch_size)
     for start in range(0, len(arrays[0]), batch_size):
         rows = [a[start : start + batch_size] for a in arrays]
         count = len(rows[0])
         padded = [np.concatenate([r, np.repeat(r[-1:], batch_size - count, 0)]) for r in rows]
-        outs.append(np.asarray(function(*padded))[:count])
+        outs.append(np.asarray(function(*map(place, padded)))[:count])
     return np.concatenate(outs)
+
+
+def _spread(batch_size):
+    """What puts a batch on this process's devices; nothing where they do not divide it."""
+    devices = jax.local_devices()
+    if len(devices) == 1 or batch_size % len(devices):
+        return lambda rows: rows
+    place = sharding.batch_sharding(sharding.make_mesh(devices=devices))
+    return lambda rows: jax.device_put(rows, place)

@@ -66,6 +66,20 @@ def cmmd(x, y, block=1024):
     return float(1000 * (xx / len(x) + yy / len(y) - 2 * xy / len(y)))
 
 
+def cmmd_interval(x, y, block=1024):
+    """{"low", "high", "num_x", "num_y"} of `cmmd`, in its units, from `unbiased`'s jackknife.
+
+    The biased estimate lies above the unbiased one by a nearly constant amount, so its interval is
+    the same one, moved.
+    """
+    unit = [np.asarray(a, np.float64) for a in (x, y)]
+    unit = [a / np.linalg.norm(a, axis=1, keepdims=True) for a in unit]
+    spread = 1000 * Z95 * mmd_rbf(*unit, block=block).stderr
+    value = cmmd(x, y, block)
+    return {"low": max(value - spread, 0.0), "high": value + spread, "num_x": len(x),
+            "num_y": len(y)}  # fmt: skip
+
+
 def rbf(sigma):
     """The Gaussian kernel: `x [n, d]`, `y [m, d]` -> `[n, m]`."""
     if not sigma > 0:

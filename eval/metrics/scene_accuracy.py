@@ -126,7 +126,7 @@ def score(read, images, prompts, chance_rounds=20, seed=0):
     for name in figures:
         figures[name]["chance"] = float(np.mean([c[name] for c in chance]))
     extra = [extra_objects(f, p) for f, p in zip(found, prompts, strict=True)]
-    figures["extra_objects"] = {"value": float(np.mean(extra)), "n": len(extra)}
+    figures["extra_objects"] = bootstrap.mean(extra)
     return figures, verdicts
 
 

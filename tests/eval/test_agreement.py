@@ -13,17 +13,22 @@ def flat(value):
 
 def test_rmse_and_psnr_of_a_constant_difference():
     figures = agreement.pixel_agreement(flat(100), flat(151))
-    assert figures["rmse"] == pytest.approx(0.2)
-    assert figures["psnr"] == pytest.approx(20 * np.log10(5))
-    assert agreement.pixel_agreement(flat(7), flat(7)) == {"rmse": 0.0, "psnr": float("inf")}
+    assert figures["rmse"]["value"] == pytest.approx(0.2)
+    assert figures["psnr"]["value"] == pytest.approx(20 * np.log10(5))
+    assert [f["n"] for f in figures.values()] == [2, 2]
+    same = agreement.pixel_agreement(flat(7), flat(7))
+    assert same["rmse"]["value"] == 0
+    assert same["psnr"] == {"value": float("inf"), "n": 2}  # and no interval
 
 
 def test_sharpness_sees_contrast_and_blur():
     real = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
-    assert agreement.sharpness(real, real) == 1
-    assert agreement.sharpness(real // 2, real) == pytest.approx(0.25, rel=0.03)
+    figure = agreement.sharpness(real, real)
+    assert figure["value"] == pytest.approx(1)
+    assert figure["low"] < 1 < figure["high"]
+    assert agreement.sharpness(real // 2, real)["value"] == pytest.approx(0.25, rel=0.03)
     blurred = (real.astype(int) + np.roll(real, 1, 1) + np.roll(real, 1, 2)) // 3
-    assert agreement.sharpness(blurred.astype(np.uint8), real) < 0.5
+    assert agreement.sharpness(blurred.astype(np.uint8), real)["value"] < 0.5
 
 
 def test_gradient_energy_of_an_edge():
@@ -35,7 +40,9 @@ def test_gradient_energy_of_an_edge():
 def test_verdict_agreement_counts_items():
     a = [{"x": True, "y": False}, {"x": True}]
     b = [{"x": True, "y": True}, {"x": True}]
-    assert agreement.verdict_agreement(a, b) == pytest.approx(2 / 3)
+    figure = agreement.verdict_agreement(a, b)
+    assert figure["value"] == pytest.approx(2 / 3)
+    assert figure["n"] == 3
 
 
 def test_unpaired_images_are_refused():

@@ -42,6 +42,19 @@ def test_proportion_is_wilsons():
     assert bootstrap.wilson(0, 20) == pytest.approx((0, 0.1611), abs=5e-5)
 
 
+def test_intervals_are_scipys():
+    """Percentile bootstrap and Wilson's score interval."""
+    from scipy import stats
+
+    values = np.random.default_rng(3).gamma(2.0, size=150)
+    figure = bootstrap.mean(values, resamples=20_000)
+    theirs = stats.bootstrap((values,), np.mean, n_resamples=20_000, method="percentile",
+                             rng=np.random.default_rng(1)).confidence_interval  # fmt: skip
+    assert (figure["low"], figure["high"]) == pytest.approx(tuple(theirs), rel=0.01)
+    exact = stats.binomtest(37, 120).proportion_ci(method="wilson")
+    assert bootstrap.wilson(37, 120) == pytest.approx((exact.low, exact.high), rel=1e-10)
+
+
 @pytest.mark.parametrize("bad", [[], [1.0, np.inf], [np.nan], [[1.0, 2.0]]])
 def test_values_without_an_interval_are_refused(bad):
     with pytest.raises(DataError):

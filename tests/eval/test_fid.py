@@ -68,6 +68,15 @@ def test_interval_is_that_of_the_jackknife():
     assert fid.frechet_distance(x, y).stderr == pytest.approx(np.sqrt(variance), rel=0.02)
 
 
+def test_against_stored_moments_only_the_sample_scatters():
+    x, y = gaussians(300, 3, seed=1) * [1, 2, 0.5], gaussians(250, 3, 0.4, seed=2)
+    both, stored = fid.distance(x, y), fid.distance(x, fid.moments(y))
+    assert stored.value == pytest.approx(both.value, rel=1e-12)
+    assert (stored.num_x, stored.num_y) == (300, 0)
+    other = fid.distance(y, fid.moments(x))
+    assert stored.stderr**2 + other.stderr**2 == pytest.approx(both.stderr**2, rel=1e-9)
+
+
 def test_interval_covers_the_population_value():
     d, scale, shift = 4, 1.5, 0.7
     truth = d * (shift**2 + (scale - 1) ** 2)

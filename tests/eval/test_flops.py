@@ -7,7 +7,7 @@ from jax import lax
 
 from cnxs_jax.errors import DataError
 from cnxs_jax.models.dit import PixArt
-from eval import benchmark, flops
+from eval import closed_forms, flops
 
 X, W = jnp.ones((32, 16)), jnp.ones((5, 16, 16))
 ONE = 2 * 32 * 16 * 16
@@ -97,4 +97,4 @@ def test_a_scanned_dit_against_its_closed_form():
     params = jax.eval_shape(model.init, jax.random.key(0), x, t, cond)["params"]
     program = jax.jit(lambda p, x, cond: model.apply({"params": p}, x, t, cond))
     counted = flops.count(program.lower(params, x, cond).compile())
-    assert counted == pytest.approx(benchmark.closed_form_flops(config, tokens), rel=0.01)
+    assert counted == pytest.approx(closed_forms.pixart(model, tokens), rel=0.01)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cnxs_jax.errors import ConfigError, DataError
-from eval.metrics.mmd import cmmd, mmd_rbf
+from eval.metrics.mmd import cmmd, cmmd_interval, mmd_rbf
 
 
 def gaussians(n, d, shift=0.0, seed=0):
@@ -58,6 +58,21 @@ def test_cmmd_is_the_published_biased_estimate_on_unit_vectors():
     assert cmmd(x, x) == pytest.approx(0, abs=1e-10)
     opposite = np.tile([1.0, 0.0], (4, 1))  # |x - y|^2 = 4
     assert cmmd(opposite, -opposite) == pytest.approx(2000 * (1 - np.exp(-0.02)))
+
+
+def test_cmmds_interval_covers_other_draws_of_the_same_sets():
+    """Its value is biased upwards, so it covers other estimates of the same n, not 0."""
+    intervals, values = [], []
+    for seed in range(40):
+        x, y = gaussians(60, 4, 1.0, seed=2 * seed), gaussians(60, 4, 0.4, seed=2 * seed + 1)
+        values.append(cmmd(x, y))
+        intervals.append(cmmd_interval(x, y))
+    middle = np.mean(values)
+    covered = [i["low"] <= middle <= i["high"] for i in intervals]
+    assert 0.85 <= np.mean(covered) <= 1
+    assert {(i["num_x"], i["num_y"]) for i in intervals} == {(60, 60)}
+    wide = np.mean([i["high"] - i["low"] for i in intervals])
+    assert wide == pytest.approx(2 * 1.96 * np.std(values), rel=0.4)
 
 
 def test_bad_input_is_refused():

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 import cnxs_jax
 from cnxs_jax.errors import CheckpointError, ConfigError
 from configs import pixart, pixart_lcm
-from eval import recipe, run
+from eval import measures, recipe, run
 from eval.metrics import scene_accuracy
 
 DISTILS = ConfigDict({"teacher_path": "{workdir}/t"})
@@ -60,7 +60,7 @@ def test_the_last_stage_is_the_result(tmp_path):
 )
 def test_scenes_that_the_checker_cannot_read_are_refused_first(tmp_path, data, key):
     config = ConfigDict({"data": data})
-    for metrics in (["agreement"], run.METRICS):
+    for metrics in (["agreement"], measures.USUAL):
         with pytest.raises(ConfigError) as caught:
             run.main(config, tmp_path, metrics=metrics)
         assert caught.value.where == f"config.data.{key}"
@@ -74,16 +74,16 @@ def test_scenes_that_the_checker_cannot_read_are_refused_first(tmp_path, data, k
 
 def test_the_shipped_recipes_are_what_the_checker_reads():
     for config in (pixart.get_config().teacher, pixart_lcm.get_config()):
-        world, size = recipe.scenes_of(config, run.METRICS)
+        world, size = recipe.scenes_of(config, measures.USUAL)
         assert (world.name, len(world.concepts), size) == ("emoji_scenes", 32, scene_accuracy.SIZE)
-    assert recipe.scenes_of({}, run.METRICS)[1] == scene_accuracy.SIZE
+    assert recipe.scenes_of({}, measures.USUAL)[1] == scene_accuracy.SIZE
 
 
 @pytest.mark.parametrize(
     ("data", "metrics"),
     [
         ({"source": "shapes", "size": 48}, ["kid"]),
-        ({"source": "emoji_scenes", "size": None, "num_concepts": 12}, run.METRICS),
+        ({"source": "emoji_scenes", "size": None, "num_concepts": 12}, measures.USUAL),
     ],
     ids=["shapes", "fewer concepts"],
 )
@@ -99,14 +99,14 @@ def test_prompts_and_real_scenes_are_the_runs_own(tmp_path, monkeypatch, data, m
 
     given = {}
 
-    def evaluate(make, rows, sets, real, *args, **options):
-        given.update(sets=sets, real=real)
+    def evaluate(make, planned, *args):
+        given.update(sets=planned.sets, real=planned.real)
         raise MeasuredError
 
-    monkeypatch.setattr(cnxs_jax, "load_pipeline", lambda path: pipe)
-    monkeypatch.setattr(run, "round_trip", lambda *args: None)
+    monkeypatch.setattr(cnxs_jax, "load_pipeline", lambda path, mesh: pipe)
+    monkeypatch.setattr(run.draw, "round_trip", lambda *args: None)
     monkeypatch.setattr(run, "evaluate", evaluate)
-    monkeypatch.setattr(run.features, "weights_path", lambda: None)
+    monkeypatch.setattr(measures, "check_weights", lambda *args: None)
     with pytest.raises(MeasuredError):
         run.main(ConfigDict({"data": data}), tmp_path, metrics=metrics, num_prompts=8, num_real=4)
     world, size = recipe.scenes_of({"data": data}, metrics)

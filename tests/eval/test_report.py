@@ -14,6 +14,8 @@ def test_report_is_written_for_people_and_machines(tmp_path):
     rows = [
         {"method": "a|b", "objects": {"value": 0.951, "low": 0.9, "high": 0.98, "chance": 0.1}},
         {"method": "c", "steps": 4, "kid": "not run (why)", "psnr": float("inf")},
+        {"method": "d", "steps": {"value": 0.5, "low": 0.4, "high": 0.6, "n": 7}},
+        {"method": "e", "steps": {"value": 0.5, "num_x": 7, "num_y": 0}},
     ]
     red = np.zeros((4, 6, 3), np.uint8) + np.array([200, 0, 0], np.uint8)
     made = report.write_report(
@@ -28,6 +30,8 @@ def test_report_is_written_for_people_and_machines(tmp_path):
     assert text.index("pictures/red.png") < text.index("| method |") < text.index("A note.")
     assert "| a\\|b | 0.951 [0.9, 0.98] *chance 0.1* | - | - | - |" in text
     assert "| c | - | 4 | not run (why) | - |" in text
+    assert "| d | - | 0.5 [0.4, 0.6] n=7 | - | - |" in text
+    assert "| e | - | 0.5 n=7/? | - | - |" in text
     content = json.loads((made.parent / "report.json").read_text())
     assert content["rows"][0] == rows[0]
     assert content["rows"][1]["psnr"] is None

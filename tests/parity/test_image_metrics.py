@@ -1,10 +1,16 @@
-"""SSIM and PSNR against scikit-image on the same pictures."""
+"""SSIM, PSNR, RMSE and Hausdorff distance against scikit-image on the same pictures."""
 
 import numpy as np
 import pytest
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from skimage.feature import canny
+from skimage.metrics import (
+    hausdorff_distance,
+    mean_squared_error,
+    peak_signal_noise_ratio,
+    structural_similarity,
+)
 
-from eval.metrics import images
+from eval.metrics import agreement, edges, images
 
 pytestmark = pytest.mark.parity
 
@@ -29,3 +35,17 @@ def test_ssim_and_psnr_equal_scikit_images():
     psnr = [peak_signal_noise_ratio(p, q) for p, q in zip(a, b, strict=True)]
     assert images.psnr(a, b) == pytest.approx(psnr, rel=1e-12)
     assert 0.2 < min(ssim) < max(ssim) < 0.99
+
+
+def test_rmse_equals_scikit_images():
+    a, b = pictures()
+    rmse = [np.sqrt(mean_squared_error(p, q)) / 255 for p, q in zip(a, b, strict=True)]
+    figure = agreement.pixel_agreement(np.stack(a), np.stack(b))["rmse"]
+    assert figure["value"] == pytest.approx(np.mean(rmse), rel=1e-12)
+
+
+def test_hausdorff_equals_scikit_images():
+    a, b = ([canny(p.mean(-1), sigma=1.0) for p in side] for side in pictures())
+    theirs = [hausdorff_distance(p, q) for p, q in zip(a, b, strict=True)]
+    assert edges.hausdorff(np.stack(a), np.stack(b)) == pytest.approx(theirs, rel=1e-12)
+    assert max(theirs) > 2

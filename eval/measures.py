@@ -1,0 +1,304 @@
+"""The metrics by name: what each needs, and the columns that it gives of one row's pictures.
+
+Every figure is `{"value", "low", "high", "n"}` (a distance has `num_x` and `num_y`), with 95 %
+intervals. A distance is named after the network that it looks through, and only that of FID's own
+Inception is called "fid".
+"""
+
+import dataclasses
+import functools
+
+import numpy as np
+
+from cnxs_jax.errors import ConfigError, did_you_mean
+from eval import networks
+from eval.metrics import (
+    agreement,
+    bootstrap,
+    clip_features,
+    depth,
+    edges,
+    features,
+    fid,
+    masks,
+    mmd,
+    prdc,
+    retrieval,
+    scene_accuracy,
+)
+from eval.metrics import images as quality
+from eval.metrics import kid as kernel_distance
+
+NEEDS = {
+    "captions": "captions: --prompts, or a .txt beside every picture",
+    "facts": "scenes of the embedded world, which say what each caption asks for",
+    "set": "real pictures: --reference FOLDER or FILE.npz",
+    "real": "real pictures, not their statistics: --reference FOLDER",
+    "pairs": "pictures to pair with: several rows (the first one is the reference), or "
+    "--images A --reference B with the same file names",
+    "maps": "two folders of maps with the same file names: --images A --reference B",
+}
+SELECTED = "the network of --features"  # in `Metric.networks`
+EDGE_TOLERANCE = 1.0  # px
+RETRIEVAL_POOL = 100  # texts a picture, its own included (Xu et al. 2018)
+
+
+class Sample:
+    """Pictures with their prompts; what networks make of them is computed once.
+
+    Args:
+        images: uint8 `[N, H, W, 3]`.
+        prompts: `plan.Prompts`, or None for real pictures.
+        tools: `networks.Tools`.
+        splits: {split: Sample} of further prompts.
+    """
+
+    def __init__(self, images, prompts, tools, splits=None):
+        self.images, self.prompts, self.tools = images, prompts, tools
+        self.splits, self._features = splits or {}, {}
+
+    def features(self, network):
+        """float32 `[N, d]`."""
+        if network not in self._features:
+            self._features[network] = self.tools.extractor(network)[1](self.images)
+        return self._features[network]
+
+    @functools.cached_property
+    def scored(self):
+        """`scene_accuracy.score`: (figures, verdicts)."""
+        return scene_accuracy.score(self.tools.checker(), self.images, self.prompts.facts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """One name of `--metrics`.
+
+    Attributes:
+        figures: (sample, pair, real, tools) -> {column: figure}; `pair` is None for the real
+            pictures themselves, `real` a Sample or `fid.Moments`.
+        needs: of NEEDS.
+        networks: of `networks.FILES`, or SELECTED.
+    """
+
+    figures: object
+    needs: tuple
+    networks: tuple = ()
+
+
+def scenes(sample, pair, real, tools):
+    """Scene accuracy, and that of the held-out splits."""
+    columns = (*scene_accuracy.ITEMS, "all_correct", "extra_objects")
+    found = {k: sample.scored[0][k] for k in columns if k in sample.scored[0]}
+    for split, other in sample.splits.items():
+        found |= _split_figures(split, other)
+    return found
+
+
+def _split_figures(split, sample):
+    """Columns of a held-out split; of pairs, only the held-out object itself and its style."""
+    figures, verdicts = sample.scored
+    if split == "heldout_pairs":
+        asked = zip(verdicts, sample.prompts.facts, sample.prompts.heldout, strict=True)
+        rows = [
+            {"object 0": v[f"object {f['concepts'].index(c)}"], "style": v["style"]}
+            for v, f, c in asked
+        ]
+        own = scene_accuracy.summarise(rows)
+        return {
+            "held-out pair: object": own["objects"],
+            "held-out pair: style": own["style"],
+            "held-out pair: all correct": figures["all_correct"],
+        }
+    if split == "heldout_relations":
+        return {
+            "held-out relation": figures["relation"],
+            "held-out relation: all correct": figures["all_correct"],
+        }
+    return {f"{split}: all correct": figures["all_correct"]}
+
+
+def agree(sample, pair, real, tools):
+    """RMSE and PSNR to the paired pictures, the same verdicts, sharpness against real ones."""
+    found = {}
+    if isinstance(real, Sample):
+        found["sharpness"] = agreement.sharpness(sample.images, real.images)
+    if pair is not None:
+        found |= agreement.pixel_agreement(sample.images, pair.images)
+        if sample.prompts.facts is not None and pair.prompts is not None:
+            verdicts = sample.scored[1], pair.scored[1]
+            found["same_verdicts"] = agreement.verdict_agreement(*verdicts)
+    return found
+
+
+def frechet(network):
+    """Frechet distance on a network's features (None: the selected one's)."""
+
+    def figures(sample, pair, real, tools):
+        which = network or tools.features
+        opened = tools.extractor(which)
+        if opened is None:
+            return {fid.name(which): MISSING}
+        other = real.features(which) if isinstance(real, Sample) else real
+        return {fid.name(opened[0]): fid.distance(sample.features(which), other).as_dict()}
+
+    return figures
+
+
+def on_features(prefix, distance):
+    """`{prefix_NETWORK: distance(features, real features)}`; several if `distance` gives a dict."""
+
+    def figures(sample, pair, real, tools):
+        opened = tools.extractor(tools.features)
+        if opened is None:
+            return {f"{prefix}_{tools.features}": MISSING}
+        found = distance(sample.features(tools.features), real.features(tools.features))
+        if isinstance(found, mmd.Estimate):
+            return {f"{prefix}_{opened[0]}": found.as_dict()}
+        return {f"{k}_{opened[0]}": v for k, v in found.items()}
+
+    return figures
+
+
+def cmmd(sample, pair, real, tools):
+    name = tools.clip.name
+    if name != clip_features.CMMD:
+        raise ConfigError(
+            f"CMMD is defined on CLIP ViT-L/14@336, this is {name}",
+            "--metrics=cmmd",
+            f"the weights of {clip_features.CMMD}, or --metrics=mmd --features=clip",
+        )
+    x, y = sample.features("clip"), real.features("clip")
+    return {"cmmd": {"value": mmd.cmmd(x, y)} | mmd.cmmd_interval(x, y)}
+
+
+def clip_score(sample, pair, real, tools):
+    scores = retrieval.clip_score(sample.features("clip"), _texts(sample, tools))
+    return {f"clip_score_{tools.clip.name.removeprefix('clip_')}": bootstrap.mean(scores)}
+
+
+def r_precision(sample, pair, real, tools):
+    pool = min(RETRIEVAL_POOL, len(sample.images))
+    found = retrieval.retrieval_precision(sample.features("clip"), _texts(sample, tools), pool=pool)
+    return {f"r_precision_of_{pool}_{tools.clip.name.removeprefix('clip_')}": found}
+
+
+def _texts(sample, tools):
+    return tools.clip.embed_texts(sample.prompts.captions)
+
+
+def paired(column, distance):
+    """`{column: mean of distance(images, pair's images) [N]}`."""
+
+    def figures(sample, pair, real, tools):
+        if pair is None:
+            return {}
+        return {column: agreement.mean_or_infinite(distance(tools)(sample.images, pair.images))}
+
+    return figures
+
+
+def edge_maps(sample, pair, real, tools):
+    drawn, asked = _maps(sample) > 127, _maps(pair) > 127
+    both = drawn.any((1, 2)) & asked.any((1, 2))  # without an edge there is no distance
+    found = edges.figures(drawn, asked, EDGE_TOLERANCE)
+    if both.any():
+        found["hausdorff_px"] = bootstrap.mean(edges.hausdorff(drawn[both], asked[both]))
+    return found
+
+
+def soft_edge_maps(sample, pair, real, tools):
+    distance = edges.soft_edge_distance(_maps(sample) / 255.0, _maps(pair) / 255.0)
+    return {"soft_edge_distance": bootstrap.mean(distance)}
+
+
+def depth_maps(sample, pair, real, tools):
+    drawn, asked = _maps(sample) / 255.0, _maps(pair) / 255.0
+    error = depth.depth_error(drawn, asked)
+    aligned = depth.depth_error(drawn, asked, align="scale_shift")
+    order = depth.order_accuracy(drawn, asked)
+    found = {"depth_mse": bootstrap.mean(error["mse"]), "depth_mae": bootstrap.mean(error["mae"])}
+    found["depth_rmse_aligned"] = bootstrap.mean(aligned["rmse"])
+    if np.isfinite(order).any():
+        found["depth_order"] = bootstrap.mean(order[np.isfinite(order)])
+    return found
+
+
+def mask_maps(sample, pair, real, tools):
+    return {"mask_iou": bootstrap.mean(masks.mask_iou(_maps(sample) > 127, _maps(pair) > 127))}
+
+
+def _maps(sample):
+    """Grey values `[N, H, W]` of pictures of maps."""
+    return sample.images.astype(np.float64).mean(-1)
+
+
+MISSING = f"not run ({features.INSTALL})"
+KID = on_features("kid", kernel_distance.kid)
+METRICS = {
+    "scene_accuracy": Metric(scenes, ("facts",)),
+    "kid": Metric(KID, ("real",), (SELECTED,)),
+    "agreement": Metric(agree, ("pairs",)),
+    "fid": Metric(frechet("inception"), ("set",), ("inception",)),
+    "fd": Metric(frechet(None), ("set",), (SELECTED,)),
+    "mmd": Metric(on_features("mmd_rbf", mmd.mmd_rbf), ("real",), (SELECTED,)),
+    "cmmd": Metric(cmmd, ("real",), ("clip",)),
+    "prdc": Metric(on_features("prdc", lambda x, y: prdc.prdc(y, x)), ("real",), (SELECTED,)),
+    "clip_score": Metric(clip_score, ("captions",), ("clip",)),
+    "retrieval": Metric(r_precision, ("captions",), ("clip",)),
+    "lpips": Metric(paired("lpips", lambda tools: tools.lpips), ("pairs",), ("vgg", "lpips")),
+    "ssim": Metric(paired("ssim", lambda tools: quality.ssim), ("pairs",)),
+    "psnr": Metric(paired("psnr", lambda tools: quality.psnr), ("pairs",)),
+    "edges": Metric(edge_maps, ("maps",)),
+    "soft_edges": Metric(soft_edge_maps, ("maps",)),
+    "depth": Metric(depth_maps, ("maps",)),
+    "masks": Metric(mask_maps, ("maps",)),
+}
+USUAL = ("scene_accuracy", "kid", "agreement")
+
+
+def check(metrics):
+    """The metrics asked for, as a tuple; ConfigError names an unknown one."""
+    for name in metrics:
+        if name not in METRICS:
+            raise ConfigError(
+                f"unknown metric {name!r}.{did_you_mean(name, METRICS)}",
+                "--metrics",
+                f"one or more of {','.join(METRICS)}",
+            )
+    if not metrics:
+        raise ConfigError("no metrics", "--metrics", f"one or more of {','.join(METRICS)}")
+    return tuple(dict.fromkeys(metrics))
+
+
+def check_weights(metrics, weights, chosen):
+    """Raises ConfigError or CheckpointError for a metric whose weights are not there."""
+    for name in metrics:
+        for network in METRICS[name].networks:
+            networks.check_weights(chosen if network == SELECTED else network, weights, name)
+
+
+def usual(has):
+    """The metrics of `USUAL` that a plan can have; ConfigError if it can have none."""
+    found = tuple(m for m in USUAL if all(has[need] for need in METRICS[m].needs))
+    if not found:
+        raise ConfigError("nothing to compare with", "--reference", NEEDS["set"])
+    return found
+
+
+def check_needs(metrics, has):
+    """Raises ConfigError for a metric that lacks what it compares with."""
+    for name in metrics:
+        for need in METRICS[name].needs:
+            # Agreement still says how sharp a single row is.
+            if not has[need] and not (name == "agreement" and has["real"]):
+                what = f"the metric {name!r} needs {NEEDS[need]}"
+                able = [m for m in METRICS if all(has[n] for n in METRICS[m].needs)]
+                raise ConfigError(what, "--metrics", f"here: {','.join(able) or 'none'}")
+
+
+def figures(metrics, sample, pair, real, tools):
+    """{column: figure} of all metrics of one row."""
+    out = {}
+    for name in metrics:
+        out |= METRICS[name].figures(sample, pair, real, tools)
+    return out
