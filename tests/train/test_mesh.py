@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from cnxs_jax import precision, sharding
 from cnxs_jax import tree as trees
 from cnxs_jax.models import dit
+from tests import checks
 from tests.pipelines import tiny
 from tests.train import small
 from train import loop, validate
@@ -81,7 +82,11 @@ def split_of(tree):
             if not x.sharding.is_fully_replicated}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", MESHES)
+# "tensor" has all three axes at once; the others apart take minutes
+ALONE = [pytest.param(name, marks=pytest.mark.slow) for name in ("data", "fsdp")]
+
+
+@pytest.mark.parametrize("name", ["tensor", *ALONE])
 def test_eight_devices_equal_one(name, one, root):
     """20 steps: loss within 1e-5 relative, compiled once, the old state freed, split by rules."""
     task, reference = one
@@ -89,7 +94,11 @@ def test_eight_devices_equal_one(name, one, root):
     first = jax.tree.leaves(fit.state)
     before = split_of(fit.state)
     losses = losses_of(fit)
-    np.testing.assert_allclose(losses, reference, rtol=1e-5)
+    worst = max(abs(a / b - 1) for a, b in zip(losses, reference, strict=True))
+    assert worst < 1e-5
+    if name != "tensor":
+        checks.record("eight devices equal one", recipe=task, mesh=name, steps=len(losses),
+                      worst_relative_loss=worst)  # fmt: skip
     assert fit.step._cache_size() == fit.encode._cache_size() == 1
     assert all(x.is_deleted() for x in first)
     assert split_of(fit.state) == before
