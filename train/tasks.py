@@ -152,12 +152,12 @@ def autoencoder(config):
 
     With `vae_path` it trains that one on, whose scaling factor stays: denoisers know its latents.
     """
-    from cnxs_jax.pipelines.load import load_model
+    from cnxs_jax.pipelines.load import read_model
 
     loader, _ = inputs.open_loader(config, tokens=False)
     side = config.data.size
     if config.get("vae_path"):
-        vae, init = load_model(config.vae_path)
+        vae, init = read_model(config.vae_path)
     else:
         vae = make(AutoencoderKL, config.vae)
 
