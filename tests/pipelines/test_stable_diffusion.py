@@ -87,7 +87,7 @@ def test_painted_words(pipe):
     assert np.abs(painted - plain).max() > 1e-3
     assert np.abs(painted - swapped).max() > 1e-3
     both = _np(pipe, [PROMPT, "a boat"], word_masks=[{"red fox": left, "a boat": 1 - left}, None])
-    np.testing.assert_allclose(both[0], painted[0], atol=1e-5)
+    assert np.abs(both[0] - painted[0]).max() <= 1e-4 * np.abs(painted).max()
 
 
 def test_both_tokenizers_of_sdxl_share_one_context(xl):
