@@ -1,9 +1,15 @@
-"""`python -m cnxs_jax.convert SRC DST --to=diffusers|official`: weights from layout to layout."""
+"""`python -m cnxs_jax.convert SRC DST --to=LAYOUT`: weights from layout to layout.
+
+Layouts: diffusers, official; of ControlNet-XS also fused (with its base in one model, --base) and
+research (diffusers 0.24 to 0.26).
+"""
 
 import argparse
 import pathlib
 
 from cnxs_jax.errors import ConfigError, run_main
+
+LAYOUTS = ("diffusers", "official", "fused", "research")
 
 
 def parser():
@@ -11,7 +17,8 @@ def parser():
     parser = argparse.ArgumentParser(prog="python -m cnxs_jax.convert", description=__doc__)
     parser.add_argument("src", help="component or pipeline directory, or weight file")
     parser.add_argument("dst", nargs="?", help="new directory, or .pth/.safetensors for official")
-    parser.add_argument("--to", choices=("diffusers", "official"), default="diffusers")
+    parser.add_argument("--to", choices=LAYOUTS, default="diffusers")
+    parser.add_argument("--base", help="the UNet that --to=fused puts beside the controller")
     parser.add_argument("--component", help="component of a pipeline, or state dict of a .pth")
     parser.add_argument("--config", help="config.json, where the source has none")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the stored weights")
@@ -31,6 +38,8 @@ def main(argv=None):
     if args.component is None and is_pipeline(args.src):
         return convert_pipeline(args)
     module, params = load.load_model(args.src, args.component, args.config)
+    if args.to in ("fused", "research"):
+        return save_controlnet_xs(args, module, params)
     null = None
     if type(module).__name__ == "PixArt":
         null = load.load_null_caption(args.src, args.component)
@@ -47,9 +56,30 @@ def convert_pipeline(args):
     from cnxs_jax.pipelines.pipeline import load_pipeline, save_pipeline
     from cnxs_jax.pipelines.single_file import save_single_file
 
-    save = save_pipeline if args.to == "diffusers" else save_single_file
+    layouts = {"diffusers": save_pipeline, "official": save_single_file}
+    if args.to not in layouts:
+        raise ConfigError(
+            f"there is no layout {args.to!r} of a pipeline", "--to", "name a --component"
+        )
+    save = layouts[args.to]
     save(load_pipeline(args.src), args.dst, args.dtype)
     print(f"{args.dst}: the whole pipeline, {args.to} layout")
+    return 0
+
+
+def save_controlnet_xs(args, module, params):
+    """The layouts that only ControlNet-XS has."""
+    from cnxs_jax.pipelines import load, save_xs
+
+    if type(module).__name__ != "ControlNetXS":
+        raise ConfigError(f"there is no layout {args.to!r} of {type(module).__name__}", "--to")
+    if args.to == "research":
+        save_xs.save_research(module, params, args.dst, args.dtype)
+    elif args.base is None:
+        raise ConfigError("the fused model holds the base, too", "--to=fused", "give --base")
+    else:
+        save_xs.save_fused(load.load_model(args.base), (module, params), args.dst, args.dtype)
+    print(f"{args.dst}: {type(module).__name__}, {args.to} layout")
     return 0
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from cnxs_jax import tree
 from cnxs_jax.convert import unet
 from cnxs_jax.convert.rules import Rule, Table, side_tensors, to_tensors
-from cnxs_jax.errors import CheckpointError
+from cnxs_jax.errors import CheckpointError, ConfigError
 
 DIFFUSERS = Table()
 SCALES = "scale_list"  # official: a factor for each connection, all 1 in the published files
@@ -160,23 +160,62 @@ def config_of(tensors, where):
     )
 
 
+# Config keys of the older class: under the same name, and {older: current}.
+RESEARCH_KEYS = (
+    *("conditioning_channels", "conditioning_embedding_out_channels", "time_embedding_mix"),
+    *("sample_size", "down_block_types", "block_out_channels", "cross_attention_dim"),
+    *("transformer_layers_per_block", "num_attention_heads", "upcast_attention"),
+)
+RESEARCH_RENAMED = {
+    "learn_embedding": "learn_time_embedding",
+    "controlnet_conditioning_channel_order": "conditioning_channel_order",
+}
+
+
 def of_research(config):
     """The adapter's config of the older class's (`ControlNetXSModel`)."""
-    names = {
-        "learn_embedding": "learn_time_embedding",
-        "controlnet_conditioning_channel_order": "conditioning_channel_order",
-    }
-    kept = (
-        *("conditioning_channels", "conditioning_embedding_out_channels", "time_embedding_mix"),
-        *("sample_size", "down_block_types", "block_out_channels", "cross_attention_dim"),
-        *("transformer_layers_per_block", "num_attention_heads", "upcast_attention"),
-    )
-    found = {key: config[key] for key in kept if key in config}
-    found |= {new: config[old] for old, new in names.items() if old in config}
+    found = {key: config[key] for key in RESEARCH_KEYS if key in config}
+    found |= {new: config[old] for old, new in RESEARCH_RENAMED.items() if old in config}
     if "base_model_channel_sizes" in config:  # (in, out) of conv_in, then of every layer
         after = [pair[1] for pair in config["base_model_channel_sizes"]["down"]]
         found["base_block_out_channels"] = after[1::3]  # the first resnet's of each level
     return {"_class_name": "ControlNetXSAdapter", **found}
+
+
+def to_research(module):
+    """The older class's config of an adapter. Raises ConfigError for one that it cannot be."""
+    fixed = {
+        "control_type": "B",
+        "infusion": "cat",
+        "attention_head_width": None,
+        "use_linear_projection": True,
+    }
+    wrong = [f"{k} = {getattr(module, k)!r}" for k, v in fixed.items() if getattr(module, k) != v]
+    if wrong:
+        what = f"diffusers 0.24 to 0.26 cannot hold {', '.join(wrong)}"
+        raise ConfigError(what, "ControlNetXSModel", "write another layout")
+    own, base = module.block_out_channels, module.base_block_out_channels
+    groups = 32 if all(width % 32 == 0 for width in own) else min(own)
+    return {
+        "_class_name": "ControlNetXSModel",
+        **{key: getattr(module, key) for key in RESEARCH_KEYS},
+        **{old: getattr(module, new) for old, new in RESEARCH_RENAMED.items()},
+        "up_block_types": [n.replace("Down", "Up") for n in module.down_block_types[::-1]],
+        "norm_num_groups": groups,
+        "time_embedding_input_dim": base[0],
+        "time_embedding_dim": 4 * base[0],
+        "base_model_channel_sizes": _channel_sizes(module),
+    }
+
+
+def _channel_sizes(module):
+    """(in, out) channels of the base's layers; the decoder's resnets read a skip, too."""
+    base = module.base_block_out_channels
+    after = [base[0], *(base[i] for i, _ in module.down_stages)]
+    down = [(module.in_channels, after[0]), *zip(after, after[1:], strict=False)]
+    outs = [base[::-1][i] for i, _ in module.up_stages]
+    ins = [w + skip for w, skip in zip([base[-1], *outs], after[::-1], strict=False)]
+    return {"down": down, "mid": [(base[-1],) * 2], "up": list(zip(ins, outs, strict=True))}
 
 
 def _rules(names):

@@ -7,6 +7,7 @@ import pytest
 from cnxs_jax import tree
 from cnxs_jax.control import controlnet_xs
 from cnxs_jax.control.controlnet_xs import ControlNetXS
+from cnxs_jax.convert import __main__ as command
 from cnxs_jax.convert import controlnet_xs as layouts
 from cnxs_jax.convert import controlnet_xs_fused as fused
 from cnxs_jax.convert import families, files, rules
@@ -39,6 +40,7 @@ input_hint_block.14.weight
 input_hint_block.4.weight
     | controlnet_cond_embedding.blocks.1.weight | controlnet_cond_embedding/blocks_1/kernel
 """
+BASES = "base_block_out_channels"
 KINDS = [("A", "cat", False), ("B", "cat", True), ("B", "add", False), ("C", "cat", True)]
 
 
@@ -158,20 +160,31 @@ def test_saved_as_official_and_opened(tmp_path):
     assert_equal(jax.tree.map(np.asarray, found), params)
 
 
-def test_a_fused_directory_has_two_components(tmp_path):
-    two = BASE.clone(layers_per_block=2)
-    module = controlnet_xs.from_unet(two, block_out_channels=(4, 6), num_attention_heads=2)
+def test_directories_of_the_command_line(tmp_path):
+    """Adapter and base to one fused model and back; to the older class and back."""
+    two = BASE.clone(layers_per_block=2, use_linear_projection=True)
+    fields = {"num_attention_heads": 2, "learn_time_embedding": True}
+    module = controlnet_xs.from_unet(two, block_out_channels=(4, 8), **fields)
     base, own = numbered(two), numbered(module)
-    tensors = fused.join(rules.to_tensors(base), rules.to_tensors(own))
-    files.write_safetensors(tmp_path / "diffusion_pytorch_model.safetensors", tensors)
-    config = fused.join_config(*map(families.config_of, (two, module)))
-    load.write_json(tmp_path / "config.json", config)
-    for name, expected, numbers in (("unet", two, base), ("controlnet", module, own)):
-        opened, found = load.load_model(tmp_path, name)
+    load.save_model(two, base, tmp_path / "base")
+    load.save_model(module, own, tmp_path / "adapter")
+    adapter, paths = str(tmp_path / "adapter"), [str(tmp_path / n) for n in ("fused", "research")]
+    command.main([adapter, paths[0], "--to=fused", f"--base={tmp_path / 'base'}"])
+    command.main([adapter, paths[1], "--to=research"])
+    for place, expected, numbers in (
+        ((paths[0], "unet"), two, base),
+        ((paths[0], "controlnet"), module, own),
+        ((paths[1],), module.clone(max_norm_num_groups=32), own),
+    ):
+        opened, found = load.load_model(*place)
         assert opened == expected
         assert_equal(jax.tree.map(np.asarray, found), numbers)
     with pytest.raises(ConfigError, match="base and controller: unet, controlnet"):
-        load.load_model(tmp_path)
+        load.load_model(paths[0])
+    with pytest.raises(ConfigError, match="give --base"):
+        command.main([adapter, paths[0], "--to=fused"])
+    with pytest.raises(ConfigError, match="no layout 'research' of UNet"):
+        command.main([str(tmp_path / "base"), paths[1], "--to=research"])
 
 
 @pytest.mark.parametrize("name", layouts.PUBLISHED)
@@ -198,22 +211,22 @@ def test_connection_scales_of_a_file():
     np.testing.assert_array_equal(scales, [1, 1, 1, 1, 0.5, 1, 1, 1, 0.25])
 
 
-def test_configs_of_the_older_class():
-    down = [(4, 320), *[(320, 320)] * 3, (320, 640), *[(640, 640)] * 2, (640, 1280), (1280, 1280)]
-    config = {
-        "_class_name": "ControlNetXSModel",
-        "block_out_channels": [32, 64, 128],
-        "num_attention_heads": [1, 1, 2],
-        "cross_attention_dim": 2048,
-        "down_block_types": list(layouts.PUBLISHED["sdxl_48m"]["down_block_types"]),
-        "transformer_layers_per_block": [1, 2, 10],
-        "learn_embedding": True,
-        "time_embedding_mix": 0.95,
-        "controlnet_conditioning_channel_order": "rgb",
-        "sample_size": 128,
-        "base_model_channel_sizes": {"down": down},
-    }
-    family = families.family_of({"_class_name": "ControlNetXSAdapter"}, "config")
-    module, _ = families.build(family, layouts.of_research(config), "config")
-    expected = ControlNetXS(**layouts.PUBLISHED["sdxl_48m"], time_embedding_mix=0.95)
-    assert module == expected
+@pytest.mark.parametrize("name", ["sd21_14m", "sdxl_20m", "sdxl_48m"])
+def test_configs_of_the_older_class(name):
+    """Written and read again; the base's sizes as the published SDXL config has them."""
+    module = ControlNetXS(**layouts.PUBLISHED[name])
+    config = layouts.to_research(module)
+    fields = layouts.of_research(config)
+    kept = {k: v for k, v in fields.items() if k != "_class_name"}
+    assert ControlNetXS(**kept | {"base_block_out_channels": tuple(fields[BASES])}) == module
+    if name == "sdxl_48m":
+        sizes = config["base_model_channel_sizes"]
+        down = [320, 320, 320, 320, 640, 640, 640, 1280, 1280]
+        assert sizes["down"] == list(zip([4, *down], down, strict=False))
+        up = [2560, 2560, 1920, 1920, 1280, 960, 960, 640, 640]
+        assert sizes["up"] == list(zip(up, [1280] * 3 + [640] * 3 + [320] * 3, strict=True))
+
+
+def test_the_older_class_had_type_b_alone():
+    with pytest.raises(ConfigError, match="cannot hold control_type = 'A', use_linear"):
+        layouts.to_research(tiny("A"))
