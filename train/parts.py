@@ -34,7 +34,8 @@ LORA = {
 def fields(module):
     """The table of the config keys of a Linen module, checked by the type of their defaults."""
     kinds = {bool: validate.boolean, int: validate.integer(1), float: validate.number()}
-    own = [f for f in dataclasses.fields(module) if f.name not in ("parent", "name", "dtype")]
+    apart = ("parent", "name", "dtype", "quantization")
+    own = [f for f in dataclasses.fields(module) if f.name not in apart]
     table = {}
     for field in own:
         kind = validate.integers() if isinstance(field.default, tuple) else None

@@ -10,6 +10,7 @@ import numpy as np
 
 from cnxs_jax import tree
 from cnxs_jax.convert import families, files, pixart, pixart_control, rules
+from cnxs_jax.convert import quantize as int8
 from cnxs_jax.errors import CheckpointError, ConfigError, did_you_mean
 
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
@@ -25,7 +26,7 @@ MAX_CONFIG = 2**20
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def load_model(path, component=None, config=None, dtype=None):
+def load_model(path, component=None, config=None, dtype=None, quantize=None):
     """Opens one network with its weights: `(module, params)`.
 
     Args:
@@ -37,6 +38,7 @@ def load_model(path, component=None, config=None, dtype=None):
             ("state_dict_ema").
         config: a dict or a JSON file with diffusers' names; goes over the file's own.
         dtype: of parameters and computation ("bfloat16"); None: float32.
+        quantize: "int8" for int8 kernels (T5 encoders), see `cnxs_jax.convert.quantize`.
 
     Returns:
         A Linen module and its parameters, jax arrays in a nested dict.
@@ -45,12 +47,21 @@ def load_model(path, component=None, config=None, dtype=None):
         ConfigError: unknown class or component, unsupported config.
         CheckpointError: missing, damaged, hostile or ill-fitting files.
     """
-    dtype = check_dtype(dtype)
-    module, target, tensors, table, where = open_model(path, component, config, dtype)
-    params = rules.to_params(tensors, target, table, where, dtype or np.float32)
+    module, params = read_model(path, component, config, dtype, quantize)
     flat = tree.flatten(params)
     del params
     return module, tree.unflatten({name: jnp.asarray(flat.pop(name)) for name in list(flat)})
+
+
+def read_model(path, component=None, config=None, dtype=None, quantize=None):
+    """`load_model` whose parameters are numpy arrays, on the host."""
+    dtype = check_dtype(dtype)
+    module, target, tensors, table, where = open_model(path, component, config, dtype)
+    if quantize is None:
+        return module, rules.to_params(tensors, target, table, where, dtype or np.float32)
+    module = int8.quantized(module, quantize)
+    shapes = families.shapes(module)
+    return module, int8.to_params(tensors, target, shapes, table, where, dtype or np.float32)
 
 
 def open_model(path, component=None, config=None, dtype=None):
@@ -194,6 +205,9 @@ def save_model(module, params, directory, dtype=None, null_caption=None):
 
     Raises CheckpointError if the disk refuses or reads back something else.
     """
+    if getattr(module, "quantization", None):
+        fix = "save the pipeline that was loaded without `quantize`"
+        raise ConfigError("int8 weights have no place in this layout", "save_model", fix)
     family, directory = families.family_of_module(module), Path(directory)
     tensors = rules.to_tensors(params, family.save_table or family.table)
     make_directory(directory)

@@ -79,5 +79,5 @@ class PixArtAlphaPipeline(Pipeline):
         texts = [clean_caption(text) for text in texts]  # as in PixArt's training
         ids, mask = texts_to_tokens.tokenize(self.tokenizer, texts, self.max_tokens)
         ids, mask = jnp.asarray(ids), jnp.asarray(mask)
-        text = encode_text(*self.components["text_encoder"], *self._rows((ids, mask)))
+        text = self.run("text_encoder", encode_text, *self._rows((ids, mask)))
         return text[: len(texts)], mask
