@@ -1,0 +1,148 @@
+"""FLOPs of the networks by hand, 2 a multiply-add, of one picture or one text.
+
+The check of `eval.flops`, and a count where a program cannot be walked. Counted are matrix products
+and convolutions. The functions read a module's fields (or its class's defaults), never its code.
+"""
+
+UP_TAPS, PHASE_TAPS = 9, 4  # of a 3x3 convolution after doubling: as written, as our CPU form
+
+
+def conv(pixels, inputs, outputs, taps=9):
+    """A convolution with `pixels` outputs of each channel."""
+    return 2 * pixels * taps * inputs * outputs
+
+
+def attend(queries, keys, width):
+    """The two products of attention, all heads together."""
+    return 4 * queries * keys * width
+
+
+def embedder(inputs, width):
+    """Two linear layers: of a timestep's sinusoid or of a caption's token."""
+    return 2 * (inputs + width) * width
+
+
+def pixart(module, tokens, side=None):
+    """One evaluation of PixArt (PixArt-alpha, section 2.3) on latents of `side` (sample_size)."""
+    D, side = module.features, module.sample_size if side is None else side
+    N = (side // module.patch_size) ** 2
+    block = 2 * N * 14 * D**2 + attend(N, N, D) + attend(N, tokens, D)
+    ends = 2 * N * module.patch_size**2 * (module.in_channels + module.out_channels) * D
+    sizes = 3 * embedder(256, D // 3) if module.micro_conditioning else 0
+    time = embedder(256, D) + 2 * 6 * D**2 + sizes
+    return module.num_layers * block + pixart_text(module, tokens) + time + ends
+
+
+def pixart_text(module, tokens):
+    """Its part that reads only the text: the embedding, and every block's keys and values."""
+    D = module.features
+    embedding = tokens * embedder(module.caption_channels, D)
+    return embedding + module.num_layers * 4 * tokens * D**2
+
+
+def resnet(pixels, inputs, outputs, time=0):
+    """Two 3x3 convolutions, a 1x1 one where the width changes, the timestep's projection."""
+    shortcut = conv(pixels, inputs, outputs, 1) if inputs != outputs else 0
+    twice = conv(pixels, inputs, outputs) + conv(pixels, outputs, outputs)
+    return twice + shortcut + 2 * time * outputs
+
+
+def transformer(pixels, width, depth, tokens, context):
+    """`SpatialTransformer`: two projections around `depth` blocks with GEGLU."""
+    own = 4 * 2 * pixels * width**2 + attend(pixels, pixels, width)
+    keys_values = 2 * 2 * tokens * context * width
+    cross = 2 * 2 * pixels * width**2 + keys_values + attend(pixels, tokens, width)
+    return depth * (own + cross + 24 * pixels * width**2) + 4 * pixels * width**2
+
+
+def unet(module, tokens=77, side=None, up_taps=UP_TAPS):
+    """One evaluation of Stable Diffusion's or SDXL's UNet on latents of `side` (sample_size)."""
+    widths, layers = module.block_out_channels, module.per_level(module.layers_per_block)
+    depths = module.per_level(module.transformer_layers_per_block)
+    side, time = module.sample_size if side is None else side, 4 * widths[0]
+
+    def attended(kinds, i):
+        return depths[i] if kinds[i].startswith("CrossAttn") else 0
+
+    def layer(pixels, inputs, width, depth):
+        cross = module.cross_attention_dim
+        extra = transformer(pixels, width, depth, tokens, cross) if depth else 0
+        return resnet(pixels, inputs, width, time) + extra
+
+    total = embedder(widths[0], time) + conv(side**2, module.in_channels, widths[0])
+    if module.addition_embed_type:
+        total += embedder(module.projection_class_embeddings_input_dim, time)
+    h, skips = widths[0], [widths[0]]
+    for i, width in enumerate(widths):
+        for _ in range(layers[i]):
+            total += layer(side**2, h, width, attended(module.down_block_types, i))
+            h = width
+            skips.append(h)
+        if i + 1 < len(widths):
+            side = -(-side // 2)
+            total += conv(side**2, h, h)
+            skips.append(h)
+    total += layer(side**2, h, h, depths[-1]) + resnet(side**2, h, h, time)
+    for i in reversed(range(len(widths))):
+        for _ in range(layers[i] + 1):
+            kinds = module.up_block_types[::-1]
+            total += layer(side**2, h + skips.pop(), widths[i], attended(kinds, i))
+            h = widths[i]
+        if i:
+            side *= 2
+            total += conv(side**2, h, h, up_taps)
+    return total + conv(side**2, h, module.out_channels)
+
+
+def vae_decoder(module, side, up_taps=UP_TAPS):
+    """Latents of `side` to a picture."""
+    widths, latents = module.block_out_channels[::-1], module.latent_channels
+    h, pixels = widths[0], side**2
+    total = conv(pixels, latents, latents, 1) + conv(pixels, latents, h)
+    total += 2 * resnet(pixels, h, h) + 8 * pixels * h**2 + attend(pixels, pixels, h)
+    for i, width in enumerate(widths):
+        for _ in range(module.layers_per_block + 1):
+            total += resnet(pixels, h, width)
+            h = width
+        if i + 1 < len(widths):
+            pixels *= 4
+            total += conv(pixels, h, h, up_taps)
+    return total + conv(pixels, h, module.out_channels)
+
+
+def t5(module, tokens):
+    """The T5 encoder of one text."""
+    D, inner = module.d_model, module.num_heads * module.d_kv
+    matrices = 3 if module.feed_forward_proj.startswith("gated") else 2
+    feed = 2 * tokens * D * module.d_ff * matrices
+    return module.num_layers * (8 * tokens * D * inner + attend(tokens, tokens, inner) + feed)
+
+
+def clip_layers(module, tokens):
+    """All layers of either tower."""
+    D = module.hidden_size
+    feed = 4 * tokens * D * module.intermediate_size
+    return module.num_hidden_layers * (8 * tokens * D**2 + attend(tokens, tokens, D) + feed)
+
+
+def clip_text(module, tokens=77, projected=False):
+    """CLIP's text encoder, with its projection where the class has one."""
+    projection = 2 * module.hidden_size * module.projection_dim if projected else 0
+    return clip_layers(module, tokens) + projection
+
+
+def clip_image(module):
+    """CLIP's image encoder with its projection."""
+    D, patches = module.hidden_size, (module.image_size // module.patch_size) ** 2
+    embedding = conv(patches, module.num_channels, D, module.patch_size**2)
+    return embedding + clip_layers(module, patches + 1) + 2 * D * module.projection_dim
+
+
+def train_step(forward):
+    """A forward pass and both gradients, without rematerialisation."""
+    return 3 * forward
+
+
+def lcd_step(forward):
+    """Student forward and backward, the teacher twice (guidance), the averaged student once."""
+    return 6 * forward

@@ -1,0 +1,117 @@
+"""Full-size programs: what the walker counts in them, without weights, against the closed form.
+
+The counts in TFLOP are those of PyTorch's FlopCounterMode on diffusers' and transformers' modules
+(PixArt and SD: on the official ones), so the closed forms are not checked by themselves alone.
+"""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from cnxs_jax.convert import unet as unets
+from cnxs_jax.models import clip, conv
+from cnxs_jax.models.dit import PixArt
+from cnxs_jax.models.t5 import T5Encoder
+from cnxs_jax.models.unet import UNet
+from cnxs_jax.models.vae import AutoencoderKL
+from eval import closed_forms, flops
+
+WITHIN = 0.05
+
+
+def shape(*sizes, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def counted(module, *args, method=None):
+    """FLOPs of the lowered program on abstract values: nothing is compiled or allocated."""
+    init = lambda *a: module.init(jax.random.key(0), *a, method=method)["params"]  # noqa: E731
+    params = jax.eval_shape(init, *args)
+    program = jax.jit(lambda p, *a: module.apply({"params": p}, *a, method=method))
+    return flops.count(program.lower(params, *args))
+
+
+def up_taps():
+    """On a CPU the convolution after a doubling is four convolutions of 2x2."""
+    on_cpu = jax.default_backend() == "cpu"
+    return closed_forms.PHASE_TAPS if on_cpu else closed_forms.UP_TAPS
+
+
+@pytest.mark.parametrize(("side", "tera"), [(32, 0.298), (64, 1.236), (128, 6.510)])
+def test_pixart_xl_2(side, tera):
+    module = PixArt(sample_size=side, use_additional_conditions=False)
+    closed = closed_forms.pixart(module, 120)
+    assert closed / 1e12 == pytest.approx(tera, rel=3e-3)
+    cond = {"text": shape(1, 120, 4096), "text_mask": shape(1, 120)}
+    assert counted(module, shape(1, side, side, 4), shape(1), cond) == pytest.approx(
+        closed, rel=WITHIN
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "tera"), [("sd15", 64, 0.803), ("sdxl", 128, 6.761)]
+)
+def test_unet(name, side, tera):
+    module = UNet(**unets.PUBLISHED[name])
+    assert closed_forms.unet(module, 77, side) / 1e12 == pytest.approx(tera, rel=5e-3)
+    cond = {"text": shape(1, 77, module.cross_attention_dim)}
+    if module.addition_embed_type:
+        cond |= {"pooled": shape(1, 1280), "time_ids": shape(1, 6)}
+    found = counted(module, shape(1, side, side, 4), shape(1), cond)
+    assert found == pytest.approx(closed_forms.unet(module, 77, side, up_taps()), rel=WITHIN)
+
+
+@pytest.mark.parametrize(("side", "tera"), [(64, 2.515), (128, 10.470)])
+def test_vae_decoder(side, tera):
+    module = AutoencoderKL()
+    assert closed_forms.vae_decoder(module, side) / 1e12 == pytest.approx(tera, rel=5e-3)
+    images = shape(1, 8 * side, 8 * side, 3)
+    params = jax.eval_shape(lambda x: module.init(jax.random.key(0), x)["params"], images)
+    program = jax.jit(lambda p, z: module.apply({"params": p}, z, method="decode"))
+    found = flops.count(program.lower(params, shape(1, side, side, 4)))
+    closed = closed_forms.vae_decoder(module, side, up_taps())
+    assert found == pytest.approx(closed, rel=WITHIN)
+
+
+def test_t5_xxl():
+    module, ids = T5Encoder(), shape(1, 120, dtype=jnp.int32)
+    closed = closed_forms.t5(module, 120)
+    assert closed / 1e12 == pytest.approx(1.117, rel=1e-3)
+    assert counted(module, ids, ids) == pytest.approx(closed, rel=WITHIN)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl 1", "sdxl 2"])
+def test_clip_text(name):
+    wide = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32,
+            "num_attention_heads": 20, "projection_dim": 1280, "hidden_act": "gelu"}  # fmt: skip
+    sd21 = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23,
+            "num_attention_heads": 16, "hidden_act": "gelu"}  # fmt: skip
+    fields = {"sdxl 2": wide, "sd21": sd21}.get(name, {})
+    projected = name == "sdxl 2"
+    cls = clip.CLIPTextModelWithProjection if projected else clip.CLIPTextModel
+    module = cls(**fields)
+    closed = closed_forms.clip_text(module, 77, projected)
+    found = counted(module, shape(1, 77, dtype=jnp.int32))
+    assert found == pytest.approx(closed, rel=WITHIN)
+
+
+def test_clip_image():
+    module = clip.CLIPVisionModelWithProjection()  # ViT-L/14
+    closed = closed_forms.clip_image(module)
+    assert closed / 1e12 == pytest.approx(0.1621, rel=5e-3)
+    assert counted(module, shape(1, 224, 224, 3)) == pytest.approx(closed, rel=WITHIN)
+
+
+def test_lowered_and_compiled_programs_count_alike():
+    """A tiny UNet with its gradient: loops, strided and doubled convolutions, attention."""
+    module = UNet(block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=16,
+                  down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+                  up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=2)  # fmt: skip
+    cond = {"text": shape(1, 7, 16)}
+    args = (shape(1, 32, 32, 4), shape(1), cond)
+    params = jax.eval_shape(module.init, jax.random.key(0), *args)["params"]
+    loss = lambda p, *a: module.apply({"params": p}, *a).sum()  # noqa: E731
+    for f in (loss, jax.grad(loss)):
+        lowered = jax.jit(f).lower(params, *args)
+        assert flops.count(lowered) == pytest.approx(flops.count(lowered.compile()), rel=0.03)
+    assert conv.MIN_PIXELS <= 32 * 32  # the gradient above goes through the scanned form
