@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from cnxs_jax.data import buckets, image_folder, pipeline, text
+from cnxs_jax.data import buckets, features, pipeline, text
 from cnxs_jax.errors import CheckpointError, ConfigError
 from train import validate
 
@@ -13,6 +13,7 @@ KEYS = {
     "root": validate.Optional(validate.text),
     "size": validate.integer(8),
     "seed": validate.Optional(validate.integer(0)),
+    "num_examples": validate.Optional(validate.integer(1)),
     "num_concepts": validate.Optional(validate.integer(1)),
     "tokenizer": validate.Optional(validate.text),
     "max_length": validate.Optional(validate.integer(1, 512)),
@@ -26,7 +27,7 @@ def open_source(config, seed=None, truth=False):
     data = config.data
     options = {"num_concepts": data.num_concepts} if data.get("num_concepts") else {}
     seed = data.get("seed", 0) if seed is None else seed
-    return pipeline.open_source(
+    source = pipeline.open_source(
         data.source,
         data.get("split", "train"),
         data.size,
@@ -35,16 +36,22 @@ def open_source(config, seed=None, truth=False):
         root=data.get("root"),
         **options,
     )
+    number = data.get("num_examples")
+    return source if number in (None, len(source)) else pipeline.First(source, number)
 
 
 def open_loader(config, tokens=True, tokenizer_path=None, keys=("image",)):
-    """`(loader, tokenizer)`: this process's share of the batches; no tokenizer without `tokens`.
+    """`(loader, tokenizer)`: this process's share of the batches.
+
+    No tokenizer without `tokens`, or where the source has its texts encoded (`data.features`).
 
     `keys` are the arrays of an example to stack, such as "edges".
     """
-    path = tokenizer_path or config.data.get("tokenizer")
-    tokenizer = text.load_tokenizer(path) if tokens else None
     source = open_source(config, truth=tuple(keys) != ("image",))
+    cached = isinstance(source, features.FeatureSource)
+    path = tokenizer_path or config.data.get("tokenizer")
+    tokenizer = text.load_tokenizer(path) if tokens and not cached else None
+    keys = source.keys if cached else keys
     options = {
         "batch_size": config.batch_size,
         "seed": config.seed,
@@ -54,9 +61,11 @@ def open_loader(config, tokens=True, tokenizer_path=None, keys=("image",)):
         "max_length": config.data.get("max_length", text.MAX_LENGTH),
     }
     if config.data.get("buckets"):
-        if not isinstance(source, image_folder.ImageFolder):
+        if not hasattr(source, "original_sizes"):
             what = f"buckets need pictures of several shapes, not {config.data.source!r}"
             raise ConfigError(what, "data.buckets", 'set data.source = "image_folder"')
+        bucket_keys = (*keys, *(() if cached else ("original_size",)))
+        options |= {"keys": bucket_keys}
         return buckets.BucketLoader(source, config.data.size, **options), tokenizer
     prefetch = config.data.get("prefetch", 2)
     return pipeline.make_loader(source, prefetch=prefetch, keys=keys, **options), tokenizer

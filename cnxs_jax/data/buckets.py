@@ -51,26 +51,28 @@ class BucketLoader:
     does not depend on the processes; each takes its share of every batch.
 
     Args:
-        folder: `image_folder.ImageFolder`; its own size does not matter.
+        folder: a source with `original_sizes()` and `read(index, height, width)`, such as
+            `image_folder.ImageFolder`; its own size does not matter.
         base: side of the square bucket, px.
         batch_size: over all processes.
         seed: of the order.
         process_index, process_count: this process, of how many.
         tokenizer, max_length: as `pipeline.make_loader`.
+        keys: the arrays of an example to stack.
 
     A batch: `image` uint8 [B,H,W,3], `original_size` int32 [B,2] (height, width), `aspect` float32
     [B,1] (the bucket's ratio), `caption`, and with a tokenizer `input_ids`, `attention_mask`.
     """
 
     def __init__(self, folder, base, *, batch_size, seed=0, process_index=0, process_count=1,
-                 tokenizer=None, max_length=24):  # fmt: skip
+                 tokenizer=None, max_length=24, keys=("image", "original_size")):  # fmt: skip
         if batch_size < 1 or batch_size % process_count:
             what = f"batch_size {batch_size} does not divide over {process_count} processes"
             raise ConfigError(what, "data.batch_size", "use a multiple of the processes")
         buckets = table(base)
         self.ratios, self.shapes = tuple(buckets), tuple(buckets.values())
         self.bucket_of = assign(folder.original_sizes(), self.ratios)
-        self.folder = folder
+        self.source, self.keys = folder, tuple(keys)
         self.batch_size, self.seed = batch_size, seed
         share = batch_size // process_count
         self.mine = slice(process_index * share, (process_index + 1) * share)
@@ -83,7 +85,7 @@ class BucketLoader:
         self.order = self._shuffled(epoch)
 
     def _shuffled(self, epoch):
-        return np.random.default_rng((self.seed, epoch)).permutation(len(self.folder))
+        return np.random.default_rng((self.seed, epoch)).permutation(len(self.source))
 
     def _next_indices(self):
         """(bucket, indices) of the next full batch."""
@@ -104,9 +106,9 @@ class BucketLoader:
 
     def __next__(self):
         bucket, indices = self._next_indices()
-        examples = [self.folder.read(i, *self.shapes[bucket]) for i in indices[self.mine]]
-        batch = {key: np.stack([e[key] for e in examples]) for key in ("image", "original_size")}
-        batch["aspect"] = np.full((len(examples), 1), self.ratios[bucket], np.float32)
+        examples = [self.source.read(i, *self.shapes[bucket]) for i in indices[self.mine]]
+        batch = {key: np.stack([e[key] for e in examples]) for key in self.keys}
+        batch.setdefault("aspect", np.full((len(examples), 1), self.ratios[bucket], np.float32))
         batch["caption"] = [e["caption"] for e in examples]
         if self.tokenizer is not None:
             batch["input_ids"], batch["attention_mask"] = text.tokenize(
@@ -122,7 +124,7 @@ class BucketLoader:
             "waiting": {str(bucket): list(queue) for bucket, queue in sorted(self.waiting.items())},
             "seed": self.seed,
             "batch_size": self.batch_size,
-            "source": repr(self.folder),
+            "source": repr(self.source),
         }
 
     def set_state(self, state):

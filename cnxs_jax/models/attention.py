@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cnxs_jax import backend
 from cnxs_jax.errors import ConfigError, did_you_mean
 
 BLOCK = 512  # queries a block in the blocked form
@@ -51,12 +52,12 @@ def attention(q_BxLxHxD, k_BxSxHxD, v_BxSxHxD, *, mask_BxS=None, bias=None, scal
 
 def choose(q, k, mask, bias):
     """The form for these shapes and dtypes on the default backend."""
-    backend, long = jax.default_backend(), q.shape[1] * k.shape[1] >= 512 * 512
-    if backend == "cpu":
+    kind, long = backend.current(), q.shape[1] * k.shape[1] >= 512 * 512
+    if kind in ("cpu", backend.ACCELERATOR):
         return "blocked" if long else "xla"
-    if backend == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0:
+    if kind == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0:
         return "cudnn" if q.shape[-1] <= 128 else "xla"
-    if backend == "tpu" and bias is None and min(q.shape[1], k.shape[1]) >= 1024:
+    if kind == "tpu" and bias is None and min(q.shape[1], k.shape[1]) >= 1024:
         return "splash"
     return "xla"
 

@@ -64,6 +64,20 @@ def read_model(path, component=None, config=None, dtype=None, quantize=None):
     return module, int8.to_params(tensors, target, shapes, table, where, dtype or np.float32)
 
 
+def abstract_model(path, component=None, dtype=None):
+    """`(module, shapes)` of a component directory by its config.json: weights are not looked at.
+
+    Raises ConfigError and CheckpointError as `load_model` does.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError("there is no such directory", str(path))
+    where = component_directory(path, component) / "config.json"
+    given = read_config(where)
+    family = families.family_of(given, str(where))
+    return families.build(family, given, str(where), check_dtype(dtype))
+
+
 def open_model(path, component=None, config=None, dtype=None):
     """`(module, target shapes, tensors, table, file)`: everything but the conversion."""
     path = Path(path)
