@@ -146,9 +146,9 @@ def test_stale_features_are_refused(stored, tmp_path):
     changed.teacher_path = str(other)
     with pytest.raises(DataError, match="encoders.vae: cached .*now"):
         loop.build_task(changed)
+    again = config.copy_and_resolve_references()
+    again.teacher_path = str(other)
     with pytest.raises(DataError, match="features of other settings .*encoders.vae"):
-        again = config.copy_and_resolve_references()
-        again.teacher_path = str(other)
         cache.write(again, root, features.Shard(0, 3))
     assert cache.write(config, root, features.Shard(0, 3)) == 0  # written before
 
