@@ -17,13 +17,17 @@ from ml_collections import config_flags
 
 from cnxs_jax import errors
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe whose data is encoded.")
-OUT = flags.DEFINE_string("out", None, "Directory of the cache.")
-SHARD = flags.DEFINE_string("shard", "0/1", "i/n: examples i, i + n, i + 2n, ... of the data.")
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the stored features.")
-BATCH = flags.DEFINE_integer("batch_size", 8, "Pictures encoded at once.", lower_bound=1)
 ELSEWHERE = ("root", "prefetch")  # settings that may differ from machine to machine
 TOO_MANY = 5_000_000  # the embedded worlds are endless
+
+
+def define_flags():
+    """The command line; not at import, since other commands have flags of these names."""
+    config_flags.DEFINE_config_file("config", None, "The recipe whose data is encoded.")
+    flags.DEFINE_string("out", None, "Directory of the cache.")
+    flags.DEFINE_string("shard", "0/1", "i/n: examples i, i + n, i + 2n, ... of the data.")
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the stored features.")
+    flags.DEFINE_integer("batch_size", 8, "Pictures encoded at once.", lower_bound=1)
 
 
 def parse_shard(text):
@@ -168,13 +172,15 @@ def main(argv):
     from train import validate
     from train.workdir import expand
 
-    config, shard = CONFIG.value, parse_shard(SHARD.value)
-    validate.check(config)
-    number = write(expand(config, "."), OUT.value, shard, DTYPE.value, BATCH.value)
+    args = flags.FLAGS
+    shard = parse_shard(args.shard)
+    validate.check(args.config)
+    number = write(expand(args.config, "."), args.out, shard, args.dtype, args.batch_size)
     print(f"{shard.name}: {number} examples" if number else f"{shard.name}: written before")
     return 0
 
 
 if __name__ == "__main__":
+    define_flags()
     flags.mark_flags_as_required(["config", "out"])
     errors.run_app(main)
