@@ -26,23 +26,21 @@ def png(number):
 def build(root, features, examples):
     """Prepares a data set called `coco_captions` below `root`, without TensorFlow."""
     import tensorflow_datasets as tfds
-    from tensorflow_datasets.core import registered
 
-    with registered.skip_registering():
+    class CocoCaptions(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        """Three pictures."""
 
-        class CocoCaptions(tfds.core.GeneratorBasedBuilder):
-            """Three pictures."""
+        VERSION = tfds.core.Version("1.1.0")
 
-            VERSION = tfds.core.Version("1.1.0")
+        def _info(self):
+            features_dict = tfds.features.FeaturesDict(features)
+            return tfds.core.DatasetInfo(builder=self, features=features_dict)
 
-            def _info(self):
-                return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
 
-            def _split_generators(self, dl_manager):
-                return {"train": self._generate_examples()}
-
-            def _generate_examples(self):
-                yield from enumerate(examples)
+        def _generate_examples(self):
+            yield from enumerate(examples)
 
     CocoCaptions(data_dir=root, file_format="array_record").download_and_prepare()
     return root
