@@ -15,7 +15,7 @@ from cnxs_jax.convert import families, quantize
 from cnxs_jax.diffusion import solvers
 from cnxs_jax.pipelines import base
 from eval import flops
-from train import networks, optimizer
+from train import inputs, networks, optimizer
 from train.parts import scheduler_config
 from train.step import init_state, make_step
 
@@ -83,7 +83,7 @@ def built(config):
 
     def make():
         found = networks.abstract(config, config[recipe.path])
-        length = config.data.max_length
+        length = inputs.max_length(config)
         one = jnp.ones((1, length), jnp.int32)
         task, more = recipe.build(config, found, {"input_ids": one, "attention_mask": one})
         key = jax.random.key(0)
@@ -104,7 +104,7 @@ def built(config):
 
 def raw_batch(config, recipe):
     """A batch of zeros as the loader gives it."""
-    batch, side, length = config.batch_size, config.data.size, config.data.max_length
+    batch, side, length = config.batch_size, config.data.size, inputs.max_length(config)
     kinds = {"image": ((side, side, 3), jnp.uint8), "edges": ((side, side), jnp.bool_)}
     raw = {name: jnp.zeros((batch, *kinds[name][0]), kinds[name][1]) for name in recipe.arrays}
     tokens = jnp.ones((batch, length), jnp.int32)
@@ -180,7 +180,7 @@ def text_stage(config, found, quantized, batch):
         weights = trees.unflatten(
             {k: v if own else struct(*v.shape, dtype=module.dtype) for k, (own, v) in whole.items()}
         )
-    ids = struct(batch, config.data.max_length, dtype=jnp.int32)
+    ids = struct(batch, inputs.max_length(config), dtype=jnp.int32)
     lowered = traced(base.encode_text, module).lower(weights, ids, ids)
     name = "text encoder" + (f", {quantized}" if quantized else f", {module.dtype.name}")
     return Stage(name, lowered, trees.size(found["text_encoder"][1]), nbytes(weights))
@@ -208,7 +208,7 @@ def denoise_stage(config, found, steps, guidance, latents, batch):
 
 def condition(config, found, batch):
     """Shapes of what the network reads."""
-    length, width = config.data.max_length, found["transformer"][0].caption_channels
+    length, width = inputs.max_length(config), found["transformer"][0].caption_channels
     cond = {
         "text": struct(batch, length, width),
         "text_mask": struct(batch, length, dtype=jnp.int32),

@@ -139,7 +139,7 @@ def write(config, out, shard, dtype="float32", batch_size=8):
     }
     if done(out, shard, manifest):
         return 0
-    nets = networks.load(config, path)
+    nets = networks.load_encoders(config, path)
     tokenizer = texts.load_tokenizer(f"{path}/tokenizer")
     encoders = {"text_encoder": nets.text_params}
     empty = features.empty_text(nets, encoders, inputs.tokens(config, tokenizer, [""]))

@@ -40,15 +40,24 @@ def open_source(config, seed=None, truth=False):
     return source if number in (None, len(source)) else pipeline.First(source, number)
 
 
-def open_loader(config, tokens=True, tokenizer_path=None, keys=("image",)):
+def max_length(config):
+    """Tokens of a text, for padding and truncation."""
+    return config.data.get("max_length") or text.MAX_LENGTH
+
+
+def open_loader(config, tokens=True, tokenizer_path=None, keys=("image",), encoded=False):
     """`(loader, tokenizer)`: this process's share of the batches.
 
     No tokenizer without `tokens`, or where the source has its texts encoded (`data.features`).
 
-    `keys` are the arrays of an example to stack, such as "edges".
+    `keys` are the arrays of an example to stack, such as "edges"; `encoded` says that the task can
+    read cached features in their place.
     """
     source = open_source(config, truth=tuple(keys) != ("image",))
     cached = isinstance(source, features.FeatureSource)
+    if cached and not encoded:
+        fix = "give it the data that the features were made of"
+        raise ConfigError("this task reads pictures, not cached features", "data.source", fix)
     path = tokenizer_path or config.data.get("tokenizer")
     tokenizer = text.load_tokenizer(path) if tokens and not cached else None
     keys = source.keys if cached else keys
@@ -58,7 +67,7 @@ def open_loader(config, tokens=True, tokenizer_path=None, keys=("image",)):
         "process_index": jax.process_index(),
         "process_count": jax.process_count(),
         "tokenizer": tokenizer,
-        "max_length": config.data.get("max_length", text.MAX_LENGTH),
+        "max_length": max_length(config),
     }
     if config.data.get("buckets"):
         if not hasattr(source, "original_sizes"):
@@ -82,8 +91,7 @@ def examples(config, number, keys=("image",)):
 
 def tokens(config, tokenizer, captions):
     """{"input_ids", "attention_mask"} of captions."""
-    length = config.data.get("max_length", text.MAX_LENGTH)
-    ids, mask = text.tokenize(tokenizer, captions, length)
+    ids, mask = text.tokenize(tokenizer, captions, max_length(config))
     return {"input_ids": ids, "attention_mask": mask}
 
 

@@ -71,16 +71,24 @@ def load(config, path, cached=False):
         vae, _ = abstract_model(f"{path}/vae")
         text, _ = abstract_model(f"{path}/text_encoder", dtype=dtype)
         return Networks(dit, dit_params, vae, None, text, None, null_caption(config, path))
-    vae = load_model(f"{path}/vae")
+    nets = load_encoders(config, path)
+    return nets._replace(dit=dit, dit_params=dit_params, null=null_caption(config, path))
+
+
+def load_encoders(config, path):
+    """Those `Networks` that make features; the denoiser is None."""
+    from cnxs_jax.pipelines.load import load_model
+
+    dtype = jnp.dtype(config.get("dtype") or "float32")
     text = load_model(f"{path}/text_encoder", dtype=dtype)
-    return Networks(dit, dit_params, *vae, *text, null_caption(config, path))
+    return Networks(None, None, *load_model(f"{path}/vae"), *text)
 
 
 def null_caption(config, path):
     """PixArt's learned null caption [max_length, D] where the config asks for it, or None."""
     if config.get("null") != "learned":
         return None
-    length = config.data.max_length
+    length = inputs.max_length(config)
     null = inputs.null_caption(path)[:length]
     if len(null) < length:
         what = f"max_length {length}, the learned null caption has {len(null)}"
@@ -124,7 +132,7 @@ def abstract(config, path, make=jnp.zeros):
 
     null = None
     if config.get("null") == "learned":
-        null = make((config.data.max_length, found["text_encoder"][0].d_model), jnp.float32)
+        null = make((inputs.max_length(config), found["text_encoder"][0].d_model), jnp.float32)
     return Networks(*filled("transformer"), *filled("vae"), *filled("text_encoder"), null)
 
 
@@ -140,7 +148,7 @@ def cache_settings(config, path, hint):
         "encoders": encoder_hashes(path),
         "dtype": config.get("dtype") or "float32",
         "size": data.size,
-        "max_length": data.max_length,
+        "max_length": inputs.max_length(config),
         "buckets": bool(data.get("buckets")),
         "hint": hint is not None,
     }
@@ -178,9 +186,12 @@ def opened(config, recipe):
     """
     path = config[recipe.path]
     loader, tokenizer = inputs.open_loader(
-        config, tokenizer_path=f"{path}/tokenizer", keys=recipe.arrays
+        config, tokenizer_path=f"{path}/tokenizer", keys=recipe.arrays, encoded=True
     )
     source = cached_source(loader, config, path, recipe.hint)
+    if source is not None and config.get("report"):
+        what = "a report draws scenes with the text encoder, which a cached run does not load"
+        raise ConfigError(what, "config.report", "set it to None")
     nets = load(config, path, source is not None)
     check_scheduler(config, path)
     check_fit(nets.dit, nets.vae, nets.text, config.data.size)
