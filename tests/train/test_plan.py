@@ -28,7 +28,9 @@ def tera(stage):
     return flops.count(stage.lowered) / 1e12
 
 
-@pytest.mark.parametrize("size", DIT)
+@pytest.mark.parametrize(
+    "size", [1024, *(pytest.param(n, marks=pytest.mark.slow) for n in (256, 512))]
+)
 def test_stages_of_sampling_cost_what_the_closed_forms_say(size):
     config = pixart_lcm.get_config(f"xl_{size}")
     text, loop, decode = abstract.sampling_stages(config, steps=4)
@@ -43,6 +45,7 @@ def test_stages_of_sampling_cost_what_the_closed_forms_say(size):
     assert decode.parameters == 83_653_863
 
 
+@pytest.mark.slow
 def test_a_controlled_loop_costs_half_as_much_again():
     config = pixart_control.get_config("xl_1024")
     _, loop, _ = abstract.sampling_stages(config, steps=4)
@@ -58,7 +61,8 @@ def test_a_step_of_distillation_is_seven_evaluations():
     assert tera(step) == pytest.approx(7 * DIT[512], rel=WITHIN)
     assert tera(encoders) == pytest.approx(ENCODE[512] + 2 * T5, rel=WITHIN)  # and the null text
     assert step.parameters == 610_856_096
-    assert step.weights == 5 * 4 * step.parameters + 8  # teacher, student, EMA, moments
+    five = 5 * 4 * step.parameters  # teacher, student, its average, two moments, and counters
+    assert 0 <= step.weights - five < 64
 
 
 def test_int8_halves_the_text_encoder():

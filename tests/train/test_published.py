@@ -66,7 +66,9 @@ def trained(name, size):
     return {"lcm": whole, "control": CONTROL}.get(name)
 
 
-@pytest.mark.parametrize("variant", SIZES)
+@pytest.mark.parametrize(
+    "variant", ["xl_1024", *(pytest.param(v, marks=pytest.mark.slow) for v in ("xl_256", "xl_512"))]
+)
 @pytest.mark.parametrize("name", RECIPES)
 def test_state_and_step_build_on_shapes(name, variant):
     """The whole step is traced at its published batch; nothing of it is allocated."""
@@ -98,7 +100,10 @@ def test_state_and_step_build_on_shapes(name, variant):
     assert metrics["loss"].shape == ()
 
 
-@pytest.mark.parametrize(("size", "nbytes"), [(1024, 3_645_908_096), (512, 3_629_780_096)])
+@pytest.mark.parametrize(
+    ("size", "nbytes"),
+    [(1024, 3_645_908_096), pytest.param(512, 3_629_780_096, marks=pytest.mark.slow)],
+)
 def test_a_controller_has_the_shapes_of_the_released_file(size, nbytes):
     """Base, control and position table, float32: the bytes of PixArt-XL-2-SIZE-ControlNet.pth."""
     config = pixart_control.get_config(f"xl_{size}")
