@@ -1,9 +1,11 @@
 r"""The embedded PixArt: a tiny VAE, T5 and DiT trained on emoji scenes, from nothing.
 
 PixArt-alpha (arXiv 2310.00426): DiT with adaLN-single and cross-attention to T5, linear betas from
-1e-4 to 0.02. Two stages, each in its own directory below `--workdir`:
+1e-4 to 0.02. Three stages, each in its own directory below `--workdir`:
 
   vae      AutoencoderKL, 4x down, 8 latent channels. L1 + L2 + edges + KL, no adversary.
+  decoder  The same with its encoder fixed, as Stable Diffusion's VAEs were finished: the latents
+           stay what they are, the pictures get sharper.
   teacher  DiT, 64 tokens of 64 px pictures, and its T5 encoder trained along.
 
 What differs from the paper, and why:
@@ -36,8 +38,9 @@ def get_config(variant="tiny"):
     if variant not in VARIANTS:
         raise ValueError(f"unknown variant {variant!r}, use one of {', '.join(VARIANTS)}")
     config = ConfigDict()
-    config.stages = ("vae", "teacher")
+    config.stages = ("vae", "decoder", "teacher")
     config.vae = vae()
+    config.decoder = decoder()
     config.teacher = teacher()
     if variant == "smoke":
         smoke(config)
@@ -45,7 +48,7 @@ def get_config(variant="tiny"):
 
 
 def data():
-    """What both stages read."""
+    """What all stages read."""
     config = ConfigDict()
     config.source = "emoji_scenes"
     config.split = "train"
@@ -55,7 +58,7 @@ def data():
 
 
 def common():
-    """What both stages share."""
+    """What all stages share."""
     config = ConfigDict()
     config.seed = 0
     config.grad_accum = 1
@@ -98,6 +101,17 @@ def vae():
     return config
 
 
+def decoder():
+    config = vae()
+    config.name = "decoder"
+    del config.vae
+    config.vae_path = "{workdir}/vae/export/vae"
+    config.freeze = ("encoder/.*", "quant_conv/.*")
+    config.steps = 3000
+    config.objective.kl = 0.0
+    return config
+
+
 def teacher():
     config = common()
     config.name = "teacher"
@@ -105,8 +119,8 @@ def teacher():
     config.data = data()
     config.data.tokenizer = "{assets}/pixart_tiny/tokenizer"
     config.data.max_length = 24
-    config.vae_path = "{workdir}/vae/export/vae"
-    config.steps = 6400
+    config.vae_path = "{workdir}/decoder/export/vae"
+    config.steps = 12000
     config.batch_size = 32
     config.ema_decay = 0.999
     config.ema_warmup = True
@@ -151,8 +165,8 @@ def teacher():
 
 
 def smoke(config):
-    """Shrinks both stages to a few steps of the smallest networks, to test the plumbing."""
-    for stage in (config.vae, config.teacher):
+    """Shrinks all stages to a few steps of the smallest networks, to test the plumbing."""
+    for stage in (config.vae, config.decoder, config.teacher):
         stage.steps, stage.batch_size = 6, 8
         stage.log_every, stage.save_every, stage.sample_every = 1, 3, 6
         stage.optimizer.warmup_steps = 2

@@ -54,7 +54,12 @@ CONSISTENCY = {
 }
 AUTOENCODE = {k: validate.Optional(validate.number(0)) for k in ("l2", "kl", "edge")}
 KEYS = {
-    "autoencoder": {"data": inputs.KEYS, "vae": fields(AutoencoderKL), "objective": AUTOENCODE},
+    "autoencoder": {
+        "data": inputs.KEYS,
+        "vae": validate.Optional(fields(AutoencoderKL)),
+        "vae_path": validate.Optional(validate.text),
+        "objective": AUTOENCODE,
+    },
     "denoiser": {
         "data": inputs.KEYS,
         "vae_path": validate.text,
@@ -76,6 +81,13 @@ KEYS = {
         "lora": validate.Optional(LORA),
     },
 }
+
+
+def check_autoencoder(values, where):
+    if (values.get("vae") is None) == (values.get("vae_path") is None):
+        raise ConfigError(
+            "give vae (a new one) or vae_path (one to train on), one of them", f"{where}.vae"
+        )
 
 
 def check_denoiser(values, where):
@@ -124,20 +136,34 @@ def check_distill(values, where):
         )
 
 
-CONFLICTS = {"denoiser": check_denoiser, "distill": check_distill}
+CONFLICTS = {
+    "autoencoder": check_autoencoder,
+    "denoiser": check_denoiser,
+    "distill": check_distill,
+}
 
 
 # --- the autoencoder -------------------------------------------------------------------------
 
 
 def autoencoder(config):
-    """Trains an AutoencoderKL; exports it with the scaling factor that its latents need."""
-    vae = make(AutoencoderKL, config.vae)
+    """Trains an AutoencoderKL; exports it with the scaling factor that its latents need.
+
+    With `vae_path` it trains that one on, whose scaling factor stays: denoisers know its latents.
+    """
+    from cnxs_jax.pipelines.load import load_model
+
     loader, _ = inputs.open_loader(config, tokens=False)
     side = config.data.size
+    if config.get("vae_path"):
+        vae, init = load_model(config.vae_path)
+    else:
+        vae = make(AutoencoderKL, config.vae)
 
-    def init(key):
-        return vae.init(key, jnp.zeros((1, side, side, vae.in_channels)))["params"]
+        def init(key):
+            return vae.init(key, jnp.zeros((1, side, side, vae.in_channels)))["params"]
+
+    frozen, resolve, init = frozen_part(config, init)
 
     def apply(method):
         return lambda params, x: vae.apply({"params": params}, x, method=method)
@@ -149,25 +175,21 @@ def autoencoder(config):
     shown = inputs.examples(config, 16)["image"]
 
     def sample(ema, frozen, encoders):
-        again = to_uint8(np.asarray(reconstruct(ema, to_signed(jnp.asarray(shown)))))
+        again = reconstruct(resolve(ema, frozen), to_signed(jnp.asarray(shown)))
+        again = to_uint8(np.asarray(again))
         return grid(np.concatenate([shown[:8], again[:8], shown[8:], again[8:]]), columns=8)
 
     def export(ema, frozen, encoders, path):
         from cnxs_jax.pipelines.load import save_model
 
-        factor = scaling_factor(
-            jax.jit(apply("encode")), ema, inputs.examples(config, 256)["image"]
-        )
-        save_model(vae.clone(scaling_factor=factor), ema, path / "vae")
+        params, factor = resolve(ema, frozen), vae.scaling_factor
+        if not config.get("vae_path"):
+            shown = inputs.examples(config, 256)["image"]
+            factor = scaling_factor(jax.jit(apply("encode")), params, shown)
+        save_model(vae.clone(scaling_factor=factor), params, path / "vae")
 
-    return Task(
-        objective=objectives.autoencode(apply("encode"), apply("decode"), **config.objective),
-        params=init,
-        loader=loader,
-        encode=encode,
-        sample=sample,
-        export=export,
-    )
+    objective = objectives.autoencode(apply("encode"), apply("decode"), resolve, **config.objective)
+    return Task(objective, init, loader, encode, frozen=frozen, sample=sample, export=export)
 
 
 def scaling_factor(encode_fn, params, image, batch=64):
@@ -278,7 +300,7 @@ def frozen_part(config, init):
     """`(frozen, resolve, params)` for `config.freeze`: the frozen leaves become an argument."""
     if not config.get("freeze"):
         return {}, objectives.identity, init
-    params = jax.jit(init)(jax.random.key(config.seed))
+    params = jax.jit(init)(jax.random.key(config.seed)) if callable(init) else init
     trainable, rest = optimizer.freeze(params, tuple(config.freeze))
     return {"rest": rest}, objectives.with_frozen, trainable
 

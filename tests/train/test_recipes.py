@@ -62,6 +62,15 @@ def test_the_teacher_is_a_pipeline_with_its_vae_scaled(teacher):
     assert pipe.components["vae"].module.scaling_factor == vae["scaling_factor"]
 
 
+def test_the_decoder_is_trained_on_and_the_latents_stay(teacher):
+    before, after = (teacher / stage / "export" / "vae" for stage in ("vae", "decoder"))
+    (vae, old), (again, new) = cnxs_jax.load_model(before), cnxs_jax.load_model(after)
+    assert again.scaling_factor == vae.scaling_factor
+    old, new = trees.flatten(old), trees.flatten(new)
+    moved = {path for path in old if not np.array_equal(old[path], new[path])}
+    assert moved == {path for path in old if not path.startswith(("encoder/", "quant_conv/"))}
+
+
 def test_text_encoder_and_transformer_both_learn(teacher):
     """Both exported trees differ from their initial values (EMA of six steps)."""
     config = loop.expand(configs.pixart.get_config("smoke").teacher, teacher)
