@@ -82,7 +82,7 @@ def built(config):
     tx, kept = optimizer.make_optimizer(config.optimizer, config.steps), []
 
     def make():
-        found = networks.abstract(config, config[recipe.path])
+        found = networks.zeros(config, config[recipe.path])
         length = inputs.max_length(config)
         one = jnp.ones((1, length), jnp.int32)
         task, more = recipe.build(config, found, {"input_ids": one, "attention_mask": one})

@@ -121,18 +121,17 @@ def modules(config, path):
     return found | {"text_encoder": (text[0].clone(dtype=dtype), halved)}
 
 
-def abstract(config, path, make=jnp.zeros):
-    """`Networks` whose parameters are `make(shape, dtype)`: with `jnp.zeros` inside of
-    `jax.eval_shape`, shapes without memory."""
+def zeros(config, path):
+    """`Networks` whose parameters are zeros: inside of `jax.eval_shape`, shapes without memory."""
     found = modules(config, path)
 
     def filled(name):
         module, shapes = found[name]
-        return module, jax.tree.map(lambda s: make(s.shape, s.dtype), shapes)
+        return module, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
     null = None
     if config.get("null") == "learned":
-        null = make((inputs.max_length(config), found["text_encoder"][0].d_model), jnp.float32)
+        null = jnp.zeros((inputs.max_length(config), found["text_encoder"][0].d_model))
     return Networks(*filled("transformer"), *filled("vae"), *filled("text_encoder"), null)
 
 
