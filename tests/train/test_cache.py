@@ -52,35 +52,47 @@ def cached(config, root):
     return config
 
 
-def losses(config, steps=3):
-    """The first losses of a run, one device."""
+def losses(config, updates=False, steps=3):
+    """The losses of a run's first batches on one device, of its first parameters or as it learns."""
     task = loop.build_task(config)
-    tx = optimizer.make_optimizer(config.optimizer, config.steps)
     params = task.params(jax.random.key(1)) if callable(task.params) else task.params
+    tx = optimizer.make_optimizer(config.optimizer, config.steps)
     state, found = init_state(params, tx), []
     step = jax.jit(make_step(task.objective, tx, 0.5))
-    encode = jax.jit(task.encode)
+    objective, encode = jax.jit(task.objective), jax.jit(task.encode)
     for n in range(steps):
         raw = {k: v for k, v in next(task.loader).items() if loop.is_numeric(v)}
         batch = encode(task.encoders, raw, jax.random.key(n))
-        state, metrics = step(state, task.frozen, batch, jax.random.key(7))
-        found.append(float(metrics["loss"]))
+        if updates:
+            state, metrics = step(state, task.frozen, batch, jax.random.key(7))
+            found.append(float(metrics["loss"]))
+        else:
+            loss, _ = objective(state.params, state.ema, task.frozen, batch, jax.random.key(n))
+            found.append(float(loss))
     return np.array(found)
 
 
-@pytest.mark.parametrize("kind", ["distill", "controller"])
-def test_losses_on_cached_features_are_those_on_the_fly(base, photos, tmp_path, kind):
+@pytest.mark.parametrize(
+    ("kind", "updates"),
+    [
+        ("distill", False),
+        ("controller", False),
+        pytest.param("distill", True, marks=pytest.mark.slow),
+        pytest.param("controller", True, marks=pytest.mark.slow),
+    ],
+)
+def test_losses_on_cached_features_are_those_on_the_fly(base, photos, tmp_path, kind, updates):
     config = distill_config(base, photos)
     if kind == "controller":
         config = control_config(base)
         config.data.num_examples = 12
-    expected = losses(config)
+    expected = losses(config, updates)
     assert np.unique(expected).size == 3
     for dtype, bound in (("float32", 1e-5), ("bfloat16", 1e-2)):
         root = tmp_path / dtype
         number = cache.write(config, root, features.Shard(0, 1), dtype, 4)
         assert number == (10 if kind == "distill" else 12)
-        found = losses(cached(config, root))
+        found = losses(cached(config, root), updates)
         difference = np.abs(found / expected - 1).max()
         assert difference <= bound
         assert dtype == "float32" or difference > 1e-7  # it did read the shorter numbers
