@@ -53,7 +53,7 @@ def cached(config, root):
 
 
 def losses(config, updates=False, steps=3):
-    """The losses of a run's first batches on one device, of its first parameters or as it learns."""
+    """The losses of the first batches on one device; the parameters move with `updates`."""
     task = loop.build_task(config)
     params = task.params(jax.random.key(1)) if callable(task.params) else task.params
     tx = optimizer.make_optimizer(config.optimizer, config.steps)
