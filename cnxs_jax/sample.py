@@ -37,6 +37,9 @@ def parse(argv=None):
     add("--width", type=int, help="pixels (default: the model's)")
     add("--scheduler", help="ddim, ddpm, euler, dpmpp, deis or lcm (default: the model's)")
     add("--dtype", help="float32 or bfloat16 (default: float32)")
+    add("--offload", help='"model" or "sequential": networks are on the device only as they run')
+    add("--quantize", help='"int8": the text encoder in half the memory')
+    add("--vae_tiling", action="store_true", help="decode large pictures in tiles")
     add("--version", action="version", version=__version__)
     args = parser.parse_args(argv)
     _check(args)
@@ -74,7 +77,14 @@ def main(argv=None):
     from cnxs_jax.pipelines.images import save_png
     from cnxs_jax.pipelines.pipeline import load_pipeline
 
-    pipe = load_pipeline(args.model, scheduler=args.scheduler, dtype=args.dtype)
+    pipe = load_pipeline(
+        args.model,
+        scheduler=args.scheduler,
+        dtype=args.dtype,
+        offload=args.offload,
+        quantize=args.quantize,
+        vae_tiling=args.vae_tiling,
+    )
     result = pipe(
         args.prompt,
         negative_prompt=args.negative_prompt,

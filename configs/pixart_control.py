@@ -5,17 +5,19 @@ controller trained on the base also drives the students that were distilled from
 
   :tiny     the embedded teacher, 64 px, 3 of its 6 blocks (the default)
   :smoke    four steps of it, to test the plumbing
-  :xl_512   PixArt-XL/2, 512 px, 13 of 28 blocks: 294,917,760 parameters to train
+  :xl_256   PixArt-XL/2, 256 px, 13 of 28 blocks: 294,917,760 parameters to train
+  :xl_512   the same at 512 px
   :xl_1024  the same at 1024 px, with micro-conditioning
 
-Published (PixArt-delta, sections 4 and 5): N = 13, 512 px, batch 12 a GPU on 16 V100, 4
-micro-batches a step, AdamW 2e-5 with weight decay 3e-2, Adam's epsilon 1e-10, clipping at 0.01,
-3 million HED pairs; control comes "suddenly" within 300 to 1000 steps.
+Published (PixArt-delta, sections 4 and 5; 512 and 1024 px, not 256): N = 13, batch 12 a GPU (4 at
+1024 px) on 16 V100, 4 micro-batches a step, AdamW 2e-5 with weight decay 3e-2, Adam's epsilon
+1e-10, clipping at 0.01, 3 million HED pairs; control comes "suddenly" within 300 to 1000 steps.
 
 Where this recipe differs from the paper (P) or the released script (S), and why:
   - P draws the copies' source as the input of the first block, S takes the first block's output.
     `control.order = "released"` is S, which its weights need; "paper" is P; "unet" is figure 4 (b).
-  - S loses all but the last micro-batch when it accumulates gradients: its batch was 192, as here.
+  - S loses all but the last micro-batch when it accumulates gradients: its batch was 192 (64 at
+    1024 px), as here.
   - S drops 10 % of the captions by accident (0.5 is configured and never passed on). Here 10 %,
     replaced by the empty prompt.
   - The hint is the exact edge map of the embedded scenes instead of HED.
@@ -27,10 +29,16 @@ Run:
 The result, the adapter in diffusers' layout, is `--workdir`/export/controlnet.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
-SIZES = {"xl_512": 512, "xl_1024": 1024}
-BASES = {"xl_512": "PixArt-XL-2-512x512", "xl_1024": "PixArt-XL-2-1024-MS"}
+SIZES = {"xl_256": 256, "xl_512": 512, "xl_1024": 1024}
+BASES = {
+    "xl_256": "PixArt-XL-2-256x256",
+    "xl_512": "PixArt-XL-2-512x512",
+    "xl_1024": "PixArt-XL-2-1024-MS",
+}
+# What reached the optimizer: 12 (at 1024 px 4) pictures a GPU on 16 of them.
+BATCH_SIZES = {"xl_256": 192, "xl_512": 192, "xl_1024": 64}
 VARIANTS = ("tiny", "smoke", *SIZES)
 
 
@@ -77,6 +85,8 @@ def published():
     config.data.source = "emoji_scenes"
     config.data.split = "train"
     config.data.seed = 0
+    config.data.root = config_dict.placeholder(str)  # a folder, a cache, a prepared data set
+    config.data.num_examples = config_dict.placeholder(int)  # of the source, all of them unless set
     config.log_every = 10
     config.save_every = 200
     config.sample_every = 500
@@ -121,6 +131,7 @@ def xl(variant):
     config.base_path = BASES[variant]
     config.dtype = "bfloat16"
     config.remat = "full"
+    config.batch_size = BATCH_SIZES[variant]
     config.data.size = SIZES[variant]
     config.data.max_length = 120
     config.mesh.data, config.mesh.fsdp = 1, -1

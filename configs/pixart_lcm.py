@@ -37,6 +37,11 @@ On a TPU slice (all hosts; parameters, moments and EMA are split over the device
 For :xl_256 and :xl_1024 take PixArt-XL-2-256x256 and PixArt-XL-2-1024-MS. On your own pictures
 (photos/a.jpg beside photos/a.txt, or metadata.jsonl), in PixArt's 40 aspect ratios:
   --config.data.source=image_folder --config.data.root=photos --config.data.buckets=True
+What a variant takes, on any machine: python -m train.plan --config=configs/pixart_lcm.py:xl_512
+Features encoded once (the cache is refused when it is stale), `--shard=i/n` on n machines:
+  python -m train.cache --config=configs/pixart_lcm.py:xl_512 --out=features --shard=0/8 \
+      --config.data.source=coco_captions --config.data.root=tfds
+  and then --config.data.source=features --config.data.root=features
 The result, a diffusers directory with an LCMScheduler, is `--workdir`/export.
 """
 
@@ -95,7 +100,8 @@ def published():
     config.data.source = "emoji_scenes"
     config.data.split = "train"
     config.data.seed = 0
-    config.data.root = config_dict.placeholder(str)  # the folder of "image_folder"
+    config.data.root = config_dict.placeholder(str)  # a folder, a cache, a prepared data set
+    config.data.num_examples = config_dict.placeholder(int)  # of the source, all of them unless set
     config.data.buckets = False
     config.log_every = 10
     config.save_every = 200

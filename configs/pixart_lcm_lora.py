@@ -6,7 +6,8 @@ distillation; PixArt's and diffusers' scripts have none and chase the student it
 
   :tiny     the embedded teacher, 64 px (the default)
   :smoke    four steps of it, to test the plumbing
-  :xl_512   PixArt-XL/2, 512 px, rank 32
+  :xl_256   PixArt-XL/2, 256 px, rank 32
+  :xl_512   the same at 512 px
   :xl_1024  the same at 1024 px, with micro-conditioning
 
 Published (PixArt's `train_pixart_lcm_lora.py`; no figures in the paper): rank 32, alpha 8, every
@@ -20,10 +21,14 @@ The result: `export/` is the merged pipeline, `export/lora/pytorch_lora_weights.
 adapter for diffusers, `export/lora/peft/` the same for PEFT.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
-SIZES = {"xl_512": 512, "xl_1024": 1024}
-TEACHERS = {"xl_512": "PixArt-XL-2-512x512", "xl_1024": "PixArt-XL-2-1024-MS"}
+SIZES = {"xl_256": 256, "xl_512": 512, "xl_1024": 1024}
+TEACHERS = {
+    "xl_256": "PixArt-XL-2-256x256",
+    "xl_512": "PixArt-XL-2-512x512",
+    "xl_1024": "PixArt-XL-2-1024-MS",
+}
 VARIANTS = ("tiny", "smoke", *SIZES)
 TARGETS = (
     r"(.*/)?(to_q|to_k|to_v|to_out_0|net_0/proj|net_2|proj|proj_out|linear|linear_1|linear_2)/kernel",
@@ -75,6 +80,9 @@ def published():
     config.data.source = "emoji_scenes"
     config.data.split = "train"
     config.data.seed = 0
+    config.data.root = config_dict.placeholder(str)  # a folder, a cache, a prepared data set
+    config.data.num_examples = config_dict.placeholder(int)  # of the source, all of them unless set
+    config.data.buckets = False
     config.log_every = 10
     config.save_every = 200
     config.sample_every = 500

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from cnxs_jax import sharding
-from cnxs_jax.data import buckets, caption_cleaning, image_folder, pipeline, text
+from cnxs_jax.data import buckets, caption_cleaning, features, pipeline, text
 from cnxs_jax.errors import CheckpointError, ConfigError
 from train import validate
 
@@ -14,6 +14,7 @@ KEYS = {
     "root": validate.Optional(validate.text),
     "size": validate.integer(8),
     "seed": validate.Optional(validate.integer(0)),
+    "num_examples": validate.Optional(validate.integer(1)),
     "num_concepts": validate.Optional(validate.integer(1)),
     "tokenizer": validate.Optional(validate.text),
     "max_length": validate.Optional(validate.integer(1, 512)),
@@ -27,7 +28,7 @@ def open_source(config, seed=None, truth=False):
     data = config.data
     options = {"num_concepts": data.num_concepts} if data.get("num_concepts") else {}
     seed = data.get("seed", 0) if seed is None else seed
-    return pipeline.open_source(
+    source = pipeline.open_source(
         data.source,
         data.get("split", "train"),
         data.size,
@@ -36,28 +37,45 @@ def open_source(config, seed=None, truth=False):
         root=data.get("root"),
         **options,
     )
+    number = data.get("num_examples")
+    return source if number in (None, len(source)) else pipeline.First(source, number)
 
 
-def open_loader(config, tokens=True, tokenizer_path=None, keys=("image",)):
-    """`(loader, tokenizer)`: this process's rows of the batches; no tokenizer without `tokens`.
+def max_length(config):
+    """Tokens of a text, for padding and truncation."""
+    return config.data.get("max_length") or text.MAX_LENGTH
 
-    `keys` are the arrays of an example to stack, such as "edges".
+
+def open_loader(config, tokens=True, tokenizer_path=None, keys=("image",), encoded=False):
+    """`(loader, tokenizer)`: this process's rows of the batches.
+
+    No tokenizer without `tokens`, or where the source has its texts encoded (`data.features`).
+
+    `keys` are the arrays of an example to stack, such as "edges"; `encoded` says that the task can
+    read cached features in their place.
     """
-    path = tokenizer_path or config.data.get("tokenizer")
-    tokenizer = text.load_tokenizer(path) if tokens else None
     source = open_source(config, truth=tuple(keys) != ("image",))
+    cached = isinstance(source, features.FeatureSource)
+    if cached and not encoded:
+        fix = "give it the data that the features were made of"
+        raise ConfigError("this task reads pictures, not cached features", "data.source", fix)
+    path = tokenizer_path or config.data.get("tokenizer")
+    tokenizer = text.load_tokenizer(path) if tokens and not cached else None
+    keys = source.keys if cached else keys
     options = {
         "batch_size": config.batch_size,
         "seed": config.seed,
         "rows": rows(config),
         "tokenizer": tokenizer,
         "tokenize": caption_cleaning.tokenize,
-        "max_length": config.data.get("max_length", text.MAX_LENGTH),
+        "max_length": max_length(config),
     }
     if config.data.get("buckets"):
-        if not isinstance(source, image_folder.ImageFolder):
+        if not hasattr(source, "original_sizes"):
             what = f"buckets need pictures of several shapes, not {config.data.source!r}"
             raise ConfigError(what, "data.buckets", 'set data.source = "image_folder"')
+        bucket_keys = (*keys, *(() if cached else ("original_size",)))
+        options |= {"keys": bucket_keys}
         return buckets.BucketLoader(source, config.data.size, **options), tokenizer
     prefetch = config.data.get("prefetch", 2)
     return pipeline.make_loader(source, prefetch=prefetch, keys=keys, **options), tokenizer
@@ -81,8 +99,7 @@ def examples(config, number, keys=("image",)):
 
 def tokens(config, tokenizer, captions):
     """{"input_ids", "attention_mask"} of captions."""
-    length = config.data.get("max_length", text.MAX_LENGTH)
-    ids, mask = caption_cleaning.tokenize(tokenizer, captions, length)
+    ids, mask = caption_cleaning.tokenize(tokenizer, captions, max_length(config))
     return {"input_ids": ids, "attention_mask": mask}
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from cnxs_jax.convert import pixart
 from cnxs_jax.diffusion import schedule
 from cnxs_jax.errors import ConfigError
 from cnxs_jax.pipelines.images import make_grid, to_uint8
+from cnxs_jax.storage import write_json
 from train import inputs, objectives, optimizer, validate
 
 REMAT = validate.choice("full", *(n for n in dir(jax.checkpoint_policies) if n[0] != "_"))
@@ -34,7 +36,8 @@ LORA = {
 def fields(module):
     """The table of the config keys of a Linen module, checked by the type of their defaults."""
     kinds = {bool: validate.boolean, int: validate.integer(1), float: validate.number()}
-    own = [f for f in dataclasses.fields(module) if f.name not in ("parent", "name", "dtype")]
+    apart = ("parent", "name", "dtype", "quantization")
+    own = [f for f in dataclasses.fields(module) if f.name not in apart]
     table = {}
     for field in own:
         kind = validate.integers() if isinstance(field.default, tuple) else None
@@ -121,7 +124,11 @@ def tiles(images):
 
 def latents(vae, params, image, key):
     """Scaled latents of uint8 pictures, drawn from the VAE's posterior as PixArt trains."""
-    mean, logvar = vae.apply({"params": params}, to_signed(image), method="encode")
+    return drawn(vae, *vae.apply({"params": params}, to_signed(image), method="encode"), key)
+
+
+def drawn(vae, mean, logvar, key):
+    """Scaled latents [B,h,w,C] drawn from a posterior of these moments."""
     z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
     return (z - (vae.shift_factor or 0.0)) * vae.scaling_factor
 
@@ -132,8 +139,11 @@ def sizes_of(dit, raw):
     Buckets know both: the file's height and width, px, and the bucket's ratio, as PixArt-alpha
     trains. Otherwise they are those of the pictures [B,H,W,3].
     """
-    if not dit.micro_conditioning:
-        return {}
+    return picture_sizes(raw) if dit.micro_conditioning else {}
+
+
+def picture_sizes(raw):
+    """`size` and `aspect` of a raw batch."""
     if "aspect" in raw:
         return {"size": raw["original_size"].astype(jnp.float32), "aspect": raw["aspect"]}
     batch, height, width = raw["image"].shape[:3]
@@ -182,6 +192,29 @@ def outputs(config, components, tokenizer, scheduler, options, resolve):
         save_pipeline(pipeline(ema, frozen, encoders), path)
 
     return sample, export
+
+
+def export_beside(path, dit, resolve, scheduler):
+    """`export` of a network trained on cached features: the rest is copied from the pipeline at
+    `path`, whose encoders were not loaded."""
+
+    def export(ema, frozen, encoders, target):
+        from cnxs_jax.pipelines.load import load_null_caption, save_model
+
+        shutil.copytree(
+            path,
+            target,
+            ignore=shutil.ignore_patterns("transformer", "scheduler"),
+            dirs_exist_ok=True,
+        )
+        null = load_null_caption(path, "transformer")
+        save_model(dit, resolve(ema, frozen), target / "transformer", null_caption=null)
+        write_json(target / "scheduler" / "scheduler_config.json", scheduler)
+        index = json.loads((target / "model_index.json").read_text())
+        index["scheduler"] = ["diffusers", scheduler["_class_name"]]
+        write_json(target / "model_index.json", index)
+
+    return export
 
 
 def student_of(config, teacher):

@@ -13,14 +13,14 @@ from cnxs_jax.errors import ConfigError
 from cnxs_jax.models.dit import PixArt
 from cnxs_jax.models.t5 import T5Encoder
 from cnxs_jax.models.vae import AutoencoderKL
-from train import inputs, objectives, optimizer, validate
+from train import features, inputs, networks, objectives, optimizer, validate
 from train.loop import Task
 from train.parts import (
     LORA,
     REMAT,
     SCHEDULE,
     check_fit,
-    check_scheduler,
+    export_beside,
     fields,
     from_signed,
     latents,
@@ -314,44 +314,11 @@ def distill(config):
 
     With `config.lora` the student is the teacher with an adapter, and the adapter alone is trained.
     """
-    from cnxs_jax.pipelines.load import read_model
-
-    dtype = jnp.dtype(config.get("dtype") or "float32")
-    # float32 parameters whatever the network computes in: bfloat16 would round the updates away
-    dit, teacher = read_model(f"{config.teacher_path}/transformer")
-    dit = dit.clone(dtype=dtype, remat=config.get("remat"))
-    vae, vae_params = read_model(f"{config.teacher_path}/vae")
-    text, text_params = read_model(f"{config.teacher_path}/text_encoder", dtype=dtype)
-    loader, tokenizer = inputs.open_loader(
-        config, tokenizer_path=f"{config.teacher_path}/tokenizer"
-    )
-    check_scheduler(config, config.teacher_path)
-    check_fit(dit, vae, text, config.data.size)
-    empty = inputs.tokens(config, tokenizer, [""])
-    encoders = {"vae": vae_params, "text_encoder": text_params}
-    if config.null == "learned":
-        length = config.data.max_length
-        encoders["null"] = inputs.null_caption(config.teacher_path)[:length]
-        if len(encoders["null"]) < length:
-            what = f"max_length {length}, the learned null caption has {len(encoders['null'])}"
-            raise ConfigError(what, "config.data.max_length")
-
-    def encode(encoders, raw, key):
-        def embed(ids, mask):
-            return text.apply({"params": encoders["text_encoder"]}, ids, mask)
-
-        batch, mask = raw["image"].shape[0], raw["attention_mask"]
-        if config.null == "learned":  # PixArt: the stored caption under the prompt's own mask
-            null = {"text": jnp.broadcast_to(encoders["null"], (batch, *encoders["null"].shape))}
-        else:
-            one = embed(empty["input_ids"], empty["attention_mask"])
-            null = {
-                "text": jnp.broadcast_to(one, (batch, *one.shape[1:])),
-                "text_mask": jnp.broadcast_to(empty["attention_mask"], mask.shape),
-            }
-        cond = {"text": embed(raw["input_ids"], mask), "text_mask": mask, "null": null}
-        x = latents(vae, encoders["vae"], raw["image"], key)
-        return {"x": x, "cond": {**cond, **sizes_of(dit, raw)}}
+    found = networks.opened(config, RECIPES["distill"])
+    task, resolve = distillation(config, found.networks, found.empty)
+    dit, vae, text = found.networks.dit, found.networks.vae, found.networks.text
+    parts = config.objective.num_ddim_steps
+    scheduler = scheduler_config(config, "LCMScheduler", original_inference_steps=parts)
 
     def components(params, encoders):
         return {
@@ -360,13 +327,36 @@ def distill(config):
             "text_encoder": (text, encoders["text_encoder"]),
         }
 
-    noise, run = noise_schedule(config), sampling.denoiser(dit)
-    parts = config.objective.num_ddim_steps
-    scheduler = scheduler_config(config, "LCMScheduler", original_inference_steps=parts)
-    trainable, frozen, resolve = student_of(config, teacher)
-    options = {"num_inference_steps": 4}
-    sample, export = outputs(config, components, tokenizer, scheduler, options, resolve)
+    if found.cached:
+        sample, export = None, export_beside(config.teacher_path, dit, resolve, scheduler)
+    else:
+        options = {"num_inference_steps": 4}
+        sample, export = outputs(config, components, found.tokenizer, scheduler, options, resolve)
     if config.get("lora"):
         export = with_adapter_file(export)
+    return task._replace(loader=found.loader, sample=sample, export=export)
+
+
+def distillation(config, nets, empty):
+    """`(Task, resolve)` of `distill`: the step alone (`train.networks.Recipe`)."""
+    run, noise = sampling.denoiser(nets.dit), noise_schedule(config)
+
+    def encode(encoders, raw, key):
+        given = features.read(nets, encoders, raw)
+        batch = given["text"].shape[0]
+        if config.null == "learned":  # PixArt: the stored caption under the prompt's own mask
+            null = {"text": encoders["null"][None]}
+        else:
+            null = features.empty_text(nets, encoders, empty)
+        null = {k: jnp.broadcast_to(v, (batch, *v.shape[1:])) for k, v in null.items()}
+        cond = {"text": given["text"], "text_mask": given["text_mask"], "null": null}
+        x = features.latents(nets, given, key)
+        return {"x": x, "cond": {**cond, **features.micro(nets, given)}}
+
+    trainable, frozen, resolve = student_of(config, nets.dit_params)
     objective = objectives.consistency(run, run, noise, resolve, **config.objective)
-    return Task(objective, trainable, loader, encode, encoders, frozen, sample, export)
+    encoders = features.encoders_of(nets, empty)
+    return Task(objective, trainable, None, encode, encoders, frozen), resolve
+
+
+RECIPES = {"distill": networks.Recipe("teacher_path", distillation)}

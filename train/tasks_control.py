@@ -12,21 +12,10 @@ from cnxs_jax import control
 from cnxs_jax.control.controlnet_transformer import ControlNetTransformer, from_base
 from cnxs_jax.control.hints import line_art
 from cnxs_jax.diffusion import guidance, sampling, solvers
-from train import inputs, objectives, validate
+from train import features, inputs, networks, objectives, validate
 from train.loop import Task
-from train.parts import (
-    REMAT,
-    SCHEDULE,
-    check_fit,
-    check_scheduler,
-    from_signed,
-    latents,
-    noise_schedule,
-    scheduler_config,
-    sizes_of,
-    tiles,
-)
-from train.tasks import DENOISE, check_range, drop_captions
+from train.parts import REMAT, SCHEDULE, from_signed, noise_schedule, scheduler_config, tiles
+from train.tasks import DENOISE, check_range
 
 KEYS = {
     "controller": {
@@ -53,52 +42,56 @@ def edge_image(edges):
     return (255 * line_art(edges)).astype(jnp.uint8)
 
 
+def hint_picture(raw):
+    """The control picture of a raw batch."""
+    return edge_image(raw["edges"])
+
+
 def controller(config):
     """Trains the copied blocks of a ControlNet-Transformer on the pipeline at `base_path`."""
-    from cnxs_jax.pipelines.load import read_model
-
-    path, dtype = config.base_path, jnp.dtype(config.get("dtype") or "float32")
-    dit, base = read_model(f"{path}/transformer")
-    dit = dit.clone(dtype=dtype, remat=config.get("remat"))
-    vae, vae_params = read_model(f"{path}/vae")
-    text, text_params = read_model(f"{path}/text_encoder", dtype=dtype)
-    loader, tokenizer = inputs.open_loader(config, tokenizer_path=f"{path}/tokenizer", keys=ARRAYS)
-    check_scheduler(config, path)
-    check_fit(dit, vae, text, config.data.size)
-    empty = inputs.tokens(config, tokenizer, [""])
-    encoders = {"vae": vae_params, "text_encoder": text_params}
-    adapter = ControlNetTransformer(
-        num_attention_heads=dit.num_attention_heads,
-        attention_head_dim=dit.attention_head_dim,
-        **dict(config.control),
-    )
-    fresh = from_base(base, adapter.num_layers)  # float32: it is trained
-    base = jax.tree.map(lambda leaf: leaf.astype(dtype, copy=False), base)
-    module, _ = control.attach(dit, base, adapter, fresh)
-
-    def encode(encoders, raw, key):
-        """Latents of picture and edges, and the encoded caption or, now and then, the empty one."""
-        key_drop, key_x, key_hint = jax.random.split(key, 3)
-        tokens = drop_captions(raw, empty, config.caption_dropout, key_drop)
-        ids, mask = tokens["input_ids"], tokens["attention_mask"]
-        cond = {
-            "text": text.apply({"params": encoders["text_encoder"]}, ids, mask),
-            "text_mask": mask,
-            "hint": latents(vae, encoders["vae"], edge_image(raw["edges"]), key_hint),
-        }
-        x = latents(vae, encoders["vae"], raw["image"], key_x)
-        return {"x": x, "cond": {**cond, **sizes_of(dit, raw)}}
-
-    run, noise = sampling.denoiser(module), noise_schedule(config)
-    objective = objectives.denoise(run, noise, objectives.controlled, **config.objective)
-    sample = sampler(config, module, vae, encode, tokenizer)
+    found = networks.opened(config, RECIPES["controller"])
+    task, module = controlled(config, found.networks, found.empty)
+    sample = None
+    if not found.cached:
+        sample = sampler(config, module, found.networks.vae, task.encode, found.tokenizer)
 
     def export(ema, frozen, encoders, path):
         from cnxs_jax.pipelines.load import save_model
 
         save_model(module.control, ema, path / "controlnet")
 
-    return Task(objective, fresh, loader, encode, encoders, {"base": base}, sample, export)
+    return task._replace(loader=found.loader, sample=sample, export=export)
+
+
+def controlled(config, nets, empty):
+    """`(Task, controlled module)` of `controller`: the step alone (`train.networks.Recipe`)."""
+    dit, dtype = nets.dit, nets.dit.dtype
+    adapter = ControlNetTransformer(
+        num_attention_heads=dit.num_attention_heads,
+        attention_head_dim=dit.attention_head_dim,
+        **dict(config.control),
+    )
+    fresh = from_base(nets.dit_params, adapter.num_layers)  # float32: it is trained
+    base = jax.tree.map(lambda leaf: leaf.astype(dtype, copy=False), nets.dit_params)
+    module, _ = control.attach(dit, base, adapter, fresh)
+
+    def encode(encoders, raw, key):
+        """Latents of picture and edges, and the encoded caption or, now and then, the empty one."""
+        key_drop, key_x, key_hint = jax.random.split(key, 3)
+        given = features.read(nets, encoders, raw, hint_picture)
+        without = features.empty_text(nets, encoders, empty)
+        cond = features.drop_text(given, without, config.caption_dropout, key_drop)
+        cond["hint"] = features.latents(nets, given, key_hint, "hint_")
+        x = features.latents(nets, given, key_x)
+        return {"x": x, "cond": {**cond, **features.micro(nets, given)}}
+
+    run, noise = sampling.denoiser(module), noise_schedule(config)
+    objective = objectives.denoise(run, noise, objectives.controlled, **config.objective)
+    encoders = features.encoders_of(nets, empty)
+    return Task(objective, fresh, None, encode, encoders, {"base": base}), module
+
+
+RECIPES = {"controller": networks.Recipe("base_path", controlled, ARRAYS, hint_picture)}
 
 
 def sampler(config, module, vae, encode, tokenizer):

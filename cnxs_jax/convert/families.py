@@ -14,7 +14,7 @@ from cnxs_jax.errors import CnxsError, ConfigError, did_you_mean
 
 # Fields that say how to compute and not what: no part of a config.json.
 RUNTIME = (
-    *("parent", "name", "dtype", "remat", "attention_impl"),
+    *("parent", "name", "dtype", "remat", "attention_impl", "quantization"),
     *("resnet_eps", "attention_eps", "compat"),  # `control.attach` sets them
 )
 MAX_LAYERS = 1000
@@ -293,12 +293,19 @@ def build(family, config, where, dtype=None):
         fields["dtype"] = dtype
     try:
         module = cls(**fields)
-        init = jax.eval_shape(lambda: module.init(jax.random.key(0), *family.example(module)))
+        target = shapes(module)
     except CnxsError:
         raise
     except Exception as error:  # whatever flax or jax say to impossible sizes
         raise ConfigError(f"no model of this config: {str(error)[:300]}", where) from None
-    return module, init["params"]
+    return module, target
+
+
+def shapes(module):
+    """The shapes of a module's parameters; nothing is allocated."""
+    example = family_of_module(module).example
+    init = jax.eval_shape(lambda: module.init(jax.random.key(0), *example(module)))
+    return init["params"]
 
 
 def check_value(name, value, annotation, where):

@@ -109,6 +109,14 @@ def to_params(tensors, target, table=None, where="weights", dtype=np.float32):
 
     Raises CheckpointError listing every unknown, missing, doubled, ill-shaped or non-finite tensor.
     """
+    return tree.unflatten(fill(*fit(tensors, target, table, where), dtype))
+
+
+def fit(tensors, target, table=None, where="weights"):
+    """`(plan, shapes, problems)` of `to_params`, everything checked and nothing copied yet.
+
+    The plan is [(path, layer or None, source key, array)]: which tensor goes where.
+    """
     table, problems = table or Table(), Problems(where)
     shapes = {path: tuple(leaf.shape) for path, leaf in tree.flatten(target).items()}
     named, unknown = to_diffusers(tensors, table, problems)
@@ -130,7 +138,7 @@ def to_params(tensors, target, table=None, where="weights", dtype=np.float32):
     for source in sorted(set(unknown)):
         problems.add("unknown tensors", source, missing)
     problems.check()
-    return tree.unflatten(fill(plan, shapes, dtype, problems))
+    return plan, shapes, problems
 
 
 def check_fit(path, index, source, array, shape, problems):
@@ -147,7 +155,7 @@ def check_fit(path, index, source, array, shape, problems):
         problems.add("tensors with NaN or Inf", source)
 
 
-def fill(plan, shapes, dtype, problems):
+def fill(plan, shapes, problems, dtype):
     """{path: array}, one conversion a tensor, straight into its layer of the stack."""
     params = {path: np.empty(shape, dtype) for path, shape in shapes.items()}
     for path, index, source, array in plan:

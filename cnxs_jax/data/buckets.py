@@ -51,22 +51,35 @@ class BucketLoader:
     does not depend on the processes; each takes its rows of every batch.
 
     Args:
-        folder: `image_folder.ImageFolder`; its own size does not matter.
+        folder: a source with `original_sizes()` and `read(index, height, width)`, such as
+            `image_folder.ImageFolder`; its own size does not matter.
         base: side of the square bucket, px.
         batch_size: over all processes.
         seed: of the order.
         rows, tokenizer, max_length, tokenize: as `pipeline.make_loader`.
+        keys: the arrays of an example to stack.
 
     A batch: `image` uint8 [B,H,W,3], `original_size` int32 [B,2] (height, width), `aspect` float32
     [B,1] (the bucket's ratio), `caption`, and with a tokenizer `input_ids`, `attention_mask`.
     """
 
-    def __init__(self, folder, base, *, batch_size, seed=0, rows=None, tokenizer=None,
-                 max_length=24, tokenize=text.tokenize):  # fmt: skip
+    def __init__(
+        self,
+        folder,
+        base,
+        *,
+        batch_size,
+        seed=0,
+        rows=None,
+        tokenizer=None,
+        max_length=24,
+        tokenize=text.tokenize,
+        keys=("image", "original_size"),
+    ):
         buckets = table(base)
         self.ratios, self.shapes = tuple(buckets), tuple(buckets.values())
         self.bucket_of = assign(folder.original_sizes(), self.ratios)
-        self.folder = folder
+        self.source, self.keys = folder, tuple(keys)
         self.batch_size, self.seed = batch_size, seed
         self.rows = pipeline.check_rows(rows, batch_size)
         self.tokenizer, self.max_length, self.tokenize = tokenizer, max_length, tokenize
@@ -78,7 +91,7 @@ class BucketLoader:
         self.order = self._shuffled(epoch)
 
     def _shuffled(self, epoch):
-        return np.random.default_rng((self.seed, epoch)).permutation(len(self.folder))
+        return np.random.default_rng((self.seed, epoch)).permutation(len(self.source))
 
     def _next_indices(self):
         """(bucket, indices) of the next full batch."""
@@ -100,9 +113,9 @@ class BucketLoader:
     def __next__(self):
         bucket, indices = self._next_indices()
         mine = [indices[row] for row in self.rows]
-        examples = [self.folder.read(i, *self.shapes[bucket]) for i in mine]
-        batch = {key: np.stack([e[key] for e in examples]) for key in ("image", "original_size")}
-        batch["aspect"] = np.full((len(examples), 1), self.ratios[bucket], np.float32)
+        examples = [self.source.read(i, *self.shapes[bucket]) for i in mine]
+        batch = {key: np.stack([e[key] for e in examples]) for key in self.keys}
+        batch.setdefault("aspect", np.full((len(examples), 1), self.ratios[bucket], np.float32))
         batch["caption"] = [e["caption"] for e in examples]
         if self.tokenizer is not None:
             batch["input_ids"], batch["attention_mask"] = self.tokenize(
@@ -118,7 +131,7 @@ class BucketLoader:
             "waiting": {str(bucket): list(queue) for bucket, queue in sorted(self.waiting.items())},
             "seed": self.seed,
             "batch_size": self.batch_size,
-            "source": repr(self.folder),
+            "source": repr(self.source),
         }
 
     def set_state(self, state):

@@ -76,9 +76,7 @@ class ImageFolder:
         sizes = []
         for entry in self.entries:
             with opened(entry.path) as picture:
-                width, height = picture.size
-                swapped = picture.getexif().get(0x0112, 1) >= 5  # EXIF orientation: on its side
-                sizes.append((width, height) if swapped else (height, width))
+                sizes.append(upright_size(picture))
         return np.array(sizes, np.int32)
 
 
@@ -140,18 +138,29 @@ def read_metadata(file):
     return captions
 
 
-def opened(path):
-    """The picture's header, read; its pixels are decoded later. A context manager."""
+def upright_size(picture):
+    """(height, width) of an opened picture as it is seen."""
+    width, height = picture.size
+    swapped = picture.getexif().get(0x0112, 1) >= 5  # EXIF orientation: on its side
+    return (width, height) if swapped else (height, width)
+
+
+def opened(path, where=None):
+    """The picture's header, read; its pixels are decoded later. A context manager.
+
+    `path` may be an open file; errors then name `where`.
+    """
     from PIL import Image, UnidentifiedImageError
 
     try:
         picture = Image.open(path)
     except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
-        raise errors.DataError(f"not a picture: {error}", str(path), "remove it") from None
+        where = str(where or path)
+        raise errors.DataError(f"not a picture: {error}", where, "remove it") from None
     if picture.width * picture.height > MAX_PIXELS:
         picture.close()
         what = f"{picture.width} x {picture.height} pixels are too many"
-        raise errors.DataError(what, str(path), f"at most {MAX_PIXELS} pixels")
+        raise errors.DataError(what, str(where or path), f"at most {MAX_PIXELS} pixels")
     return picture
 
 

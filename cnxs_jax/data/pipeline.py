@@ -9,10 +9,10 @@ import grain.python as grain
 import numpy as np
 
 from cnxs_jax import errors
-from cnxs_jax.data import emoji_scenes, image_folder, scenes, shapes, text
+from cnxs_jax.data import emoji_scenes, features, image_folder, scenes, shapes, text, tfds_source
 
 WORLDS = {"emoji_scenes": (emoji_scenes.world, 64), "shapes": (shapes.world, 32)}
-SOURCES = (*WORLDS, "image_folder")
+SOURCES = (*WORLDS, "image_folder", "features", *tfds_source.NAMES)
 ENDLESS = 2**60
 
 
@@ -21,12 +21,13 @@ def open_source(name, split="train", size=None, *, truth=False, seed=0, root=Non
     """An indexable source of examples: `source[i] -> {"image", "caption", ...}`.
 
     Args:
-        name: "emoji_scenes", "shapes" or "image_folder".
+        name: "emoji_scenes", "shapes", "image_folder", "features" (`data.features`), or a data set
+            of `data.tfds_source`.
         split: "train", "test", "heldout_pairs" or "heldout_relations"; a folder has none.
         size: picture side, px; default 64 (shapes: 32, folders: 512).
         truth: also give masks, edges, depth.
         seed: another seed is another set of scenes.
-        root: the folder of "image_folder".
+        root: the folder of pictures, of cached features, or of prepared data sets.
         world_options: e.g. `num_concepts`.
 
     Raises:
@@ -36,15 +37,38 @@ def open_source(name, split="train", size=None, *, truth=False, seed=0, root=Non
     if name not in SOURCES:
         fix = f"use one of {tuple(SOURCES)}" + errors.did_you_mean(name, SOURCES)
         raise errors.ConfigError(f"unknown source {name!r}", "data.source", fix)
-    if name == "image_folder":
+    if name not in WORLDS:
         if not root:
             fix = "e.g. --config.data.root=photos"
-            raise errors.ConfigError("image_folder needs a folder", "data.root", fix)
-        return image_folder.ImageFolder(root, size or 512)
+            raise errors.ConfigError(f"{name} needs a folder", "data.root", fix)
+        if name == "features":
+            return features.FeatureSource(root)
+        if name == "image_folder":
+            return image_folder.ImageFolder(root, size or 512)
+        return tfds_source.TfdsSource(name, split, size or 512, root)
     if "num_concepts" in world_options and name != "emoji_scenes":
         raise errors.ConfigError(f"{name} has no number of concepts", "data.num_concepts")
     world, usual = WORLDS[name]
     return scenes.SceneSource(world(**world_options), split, size or usual, truth, seed)
+
+
+class First:
+    """The first `number` examples of a source. Raises ConfigError where it has fewer."""
+
+    def __init__(self, source, number):
+        if number > len(source):
+            what = f"{number} examples of {len(source)}"
+            raise errors.ConfigError(what, "data.num_examples", f"use at most {len(source)}")
+        self.source, self.number = source, number
+
+    def __len__(self):
+        return self.number
+
+    def __repr__(self):
+        return f"First({self.number} of {self.source!r})"
+
+    def __getitem__(self, index):
+        return self.source[index]
 
 
 class _Batches:

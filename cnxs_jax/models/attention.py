@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cnxs_jax import sharding
+from cnxs_jax import backend, sharding
 from cnxs_jax.errors import ConfigError, did_you_mean
 
 BLOCK = 512  # queries a block in the blocked form
@@ -44,7 +44,7 @@ def attention(q_BxLxHxD, k_BxSxHxD, v_BxSxHxD, *, mask_BxS=None, bias=None, scal
     if impl is None:
         _, L, _, D = q_BxLxHxD.shape
         lengths, extra = (L, k_BxSxHxD.shape[1]), (mask_BxS is not None, bias is not None)
-        impl = choose(jax.default_backend(), capability(), q_BxLxHxD.dtype, lengths, D, *extra)
+        impl = choose(backend.current(), capability(), q_BxLxHxD.dtype, lengths, D, *extra)
     if impl not in FORMS:
         raise ConfigError(
             f"unknown attention form {impl!r}.{did_you_mean(impl, FORMS)}",
@@ -59,7 +59,7 @@ def choose(platform, capability, dtype, lengths, head_dim, masked=False, biased=
     """The name of the form for one platform, dtype and shape.
 
     Args:
-        platform: "cpu", "gpu" or "tpu".
+        platform: "cpu", "gpu", "tpu" or `backend.ACCELERATOR`.
         capability: of an NVIDIA GPU, (major, minor); None where there is none.
         dtype: of the queries.
         lengths: (L, S), of queries and keys.
@@ -70,7 +70,7 @@ def choose(platform, capability, dtype, lengths, head_dim, masked=False, biased=
     and, with a bias (a mask becomes one), even lengths for its gradient.
     """
     queries, keys = lengths
-    if platform == "cpu":
+    if platform in ("cpu", backend.ACCELERATOR):
         return "blocked" if queries * keys >= 512 * 512 else "xla"
     if platform == "tpu":
         return "splash" if not biased and min(lengths) >= 1024 else "xla"

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from cnxs_jax import backend
+
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 SAME3 = ((1, 1), (1, 1))  # PyTorch's padding=1
 HALF3 = ((0, 1), (0, 1))  # the VAE encoder pads only below and to the right before its stride 2
@@ -23,7 +25,7 @@ def convolve(x, kernel, strides=1, padding=SAME3):
     """2-D convolution of [B,H,W,C] with a [h,w,C,O] kernel, fast to differentiate on a CPU too."""
     large = x.shape[1] * x.shape[2] >= MIN_PIXELS and min(kernel.shape[2:]) >= MIN_CHANNELS
     wide = kernel.shape[:2] != (1, 1)
-    if strides == 1 and wide and large and jax.default_backend() == "cpu":
+    if strides == 1 and wide and large and backend.current() == "cpu":
         return conv_by_products(x, kernel, padding)
     return plain(x, kernel, strides, padding)
 
@@ -92,7 +94,7 @@ def convolve_doubled(x, kernel):
     gradients: 1.5 times faster).
     """
     B, H, W, _ = x.shape
-    if jax.default_backend() != "cpu":
+    if backend.current() != "cpu":
         doubled = jnp.broadcast_to(x[:, :, None, :, None], (B, H, 2, W, 2, x.shape[-1]))
         return convolve(doubled.reshape(B, 2 * H, 2 * W, -1), kernel)
     phases = [

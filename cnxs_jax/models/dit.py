@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from cnxs_jax import backend
 from cnxs_jax.errors import ConfigError
 from cnxs_jax.models.attention import sincos_2d
 from cnxs_jax.models.layers import (
@@ -250,7 +251,7 @@ def unrolled(num_layers, features):
     A small network on a CPU is unrolled: stacking the residuals of a scan costs it a third of the
     speed of a train step (measured 54 against 71 images/s), and it compiles fast anyway.
     """
-    small = features <= 512 and num_layers <= 12 and jax.default_backend() == "cpu"
+    small = features <= 512 and num_layers <= 12 and backend.current() == "cpu"
     return num_layers if small else 1
 
 

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from cnxs_jax import backend
 from cnxs_jax.models.attention import attention
 from cnxs_jax.models.painting import score_bias
 
@@ -117,7 +118,7 @@ class Dense(nn.Module):
     def __call__(self, x):
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        if jax.default_backend() == "cpu":
+        if backend.current() == "cpu":
             x = _matmul(x, kernel, halved() and x.dtype == jnp.float32)
         else:
             x = x @ kernel

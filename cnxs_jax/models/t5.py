@@ -18,6 +18,7 @@ from cnxs_jax.errors import ConfigError, did_you_mean
 from cnxs_jax.models.attention import attention
 
 FEED_FORWARDS = ("gated-gelu", "relu")
+QUANTIZATIONS = (None, "int8")
 
 
 def position_buckets(length, num_buckets, max_distance):
@@ -50,9 +51,30 @@ class RMSNorm(nn.Module):
         return x * inverse * scale.reshape((1,) * (x.ndim - 1) + scale.shape)
 
 
-def _dense(features, std, dtype, name):
-    init = nn.initializers.normal(std)
-    return nn.Dense(features, use_bias=False, dtype=dtype, kernel_init=init, name=name)
+class Linear(nn.Module):
+    """x @ kernel without bias.
+
+    With `quantization="int8"` the kernel is int8 and `kernel_scale` [1, features] float32 gives the
+    size of its unit in each output channel. The integers are exact in bfloat16, so the scale is all
+    that is lost, and it is applied to the product in float32.
+    """
+
+    features: int
+    std: float
+    dtype: jnp.dtype
+    quantization: str | None = None
+
+    @nn.compact
+    def __call__(self, x):
+        shape, x = (x.shape[-1], self.features), x.astype(self.dtype)
+        if self.quantization is None:
+            kernel = self.param("kernel", nn.initializers.normal(self.std), shape)
+            return x @ kernel.astype(self.dtype)
+        kernel = self.param("kernel", nn.initializers.zeros, shape, jnp.int8)
+        scale = self.param("kernel_scale", nn.initializers.ones, (1, self.features))
+        product = jnp.matmul(x, kernel.astype(self.dtype), preferred_element_type=jnp.float32)
+        scale = scale.reshape((1,) * (x.ndim - 1) + (-1,))
+        return (product * scale).astype(self.dtype)
 
 
 class SelfAttention(nn.Module):
@@ -61,13 +83,17 @@ class SelfAttention(nn.Module):
     num_heads: int
     d_kv: int
     dtype: jnp.dtype
+    quantization: str | None = None
 
     @nn.compact
     def __call__(self, x_BxLxD, bias_1xHxLxL, mask_BxL):
         D, inner = x_BxLxD.shape[-1], self.num_heads * self.d_kv
 
+        def dense(features, std, name):
+            return Linear(features, std, self.dtype, self.quantization, name=name)
+
         def heads(name, std):
-            h = _dense(inner, std, self.dtype, name)(x_BxLxD)
+            h = dense(inner, std, name)(x_BxLxD)
             return h.reshape(*h.shape[:2], self.num_heads, self.d_kv)
 
         q, k, v = heads("q", (D * self.d_kv) ** -0.5), heads("k", D**-0.5), heads("v", D**-0.5)
@@ -75,7 +101,7 @@ class SelfAttention(nn.Module):
         out = attention(
             q, k, v, mask_BxS=mask_BxL, bias=bias_1xHxLxL, scale=1.0, impl="xla"
         ).reshape(*x_BxLxD.shape[:2], inner)
-        return _dense(D, inner**-0.5, self.dtype, "o")(out)
+        return dense(D, inner**-0.5, "o")(out)
 
 
 class FeedForward(nn.Module):
@@ -84,16 +110,17 @@ class FeedForward(nn.Module):
     d_ff: int
     kind: str
     dtype: jnp.dtype
+    quantization: str | None = None
 
     @nn.compact
     def __call__(self, x):
         D = x.shape[-1]
 
         def wi(name):
-            return _dense(self.d_ff, D**-0.5, self.dtype, name)(x)
+            return Linear(self.d_ff, D**-0.5, self.dtype, self.quantization, name=name)(x)
 
         h = nn.relu(wi("wi")) if self.kind == "relu" else nn.gelu(wi("wi_0")) * wi("wi_1")
-        return _dense(D, self.d_ff**-0.5, jnp.float32, "wo")(h)
+        return Linear(D, self.d_ff**-0.5, jnp.float32, self.quantization, name="wo")(h)
 
 
 class AttentionLayer(nn.Module):
@@ -103,11 +130,13 @@ class AttentionLayer(nn.Module):
     d_kv: int
     epsilon: float
     dtype: jnp.dtype
+    quantization: str | None = None
 
     @nn.compact
     def __call__(self, x, bias, mask):
         h = RMSNorm(self.epsilon, name="layer_norm")(x).astype(self.dtype)
-        layer = SelfAttention(self.num_heads, self.d_kv, self.dtype, name="SelfAttention")
+        sizes = self.num_heads, self.d_kv, self.dtype, self.quantization
+        layer = SelfAttention(*sizes, name="SelfAttention")
         return x + layer(h, bias, mask).astype(x.dtype)
 
 
@@ -118,11 +147,13 @@ class FeedForwardLayer(nn.Module):
     kind: str
     epsilon: float
     dtype: jnp.dtype
+    quantization: str | None = None
 
     @nn.compact
     def __call__(self, x):
         h = RMSNorm(self.epsilon, name="layer_norm")(x).astype(self.dtype)
-        return x + FeedForward(self.d_ff, self.kind, self.dtype, name="DenseReluDense")(h)
+        sizes = self.d_ff, self.kind, self.dtype, self.quantization
+        return x + FeedForward(*sizes, name="DenseReluDense")(h)
 
 
 class T5Block(nn.Module):
@@ -134,11 +165,13 @@ class T5Block(nn.Module):
     kind: str
     epsilon: float
     dtype: jnp.dtype
+    quantization: str | None = None
 
     @nn.compact
     def __call__(self, x, bias, mask):
-        attend = AttentionLayer(self.num_heads, self.d_kv, self.epsilon, self.dtype, name="layer_0")
-        feed = FeedForwardLayer(self.d_ff, self.kind, self.epsilon, self.dtype, name="layer_1")
+        rest = self.epsilon, self.dtype, self.quantization
+        attend = AttentionLayer(self.num_heads, self.d_kv, *rest, name="layer_0")
+        feed = FeedForwardLayer(self.d_ff, self.kind, *rest, name="layer_1")
         return feed(attend(x, bias, mask)), None
 
 
@@ -169,8 +202,7 @@ class T5Stack(nn.Module):
             in_axes=(nn.broadcast, nn.broadcast),
             length=c.num_layers,
         )
-        sizes = c.num_heads, c.d_kv, c.d_ff, c.feed_forward_proj, c.layer_norm_epsilon, c.dtype
-        x, _ = blocks(*sizes, name="block")(x_BxLxD, bias_1xHxLxL, mask_BxL)
+        x, _ = blocks(*c.block_fields, name="block")(x_BxLxD, bias_1xHxLxL, mask_BxL)
         return RMSNorm(c.layer_norm_epsilon, name="final_layer_norm")(x)
 
 
@@ -185,6 +217,7 @@ class T5Encoder(nn.Module):
     Args:
         feed_forward_proj: "gated-gelu" (v1.1) or "relu" (v1.0).
         remat: recompute each block in the backward pass.
+        quantization: "int8": the kernels of the blocks are int8, see `Linear`; for inference.
     """
 
     vocab_size: int = 32128
@@ -199,6 +232,13 @@ class T5Encoder(nn.Module):
     feed_forward_proj: str = "gated-gelu"
     dtype: jnp.dtype = jnp.float32
     remat: bool = False
+    quantization: str | None = None
+
+    @property
+    def block_fields(self):
+        """The fields of this encoder's `T5Block`."""
+        sizes = self.num_heads, self.d_kv, self.d_ff, self.feed_forward_proj
+        return *sizes, self.layer_norm_epsilon, self.dtype, self.quantization
 
     def setup(self):
         if jnp.dtype(self.dtype) == jnp.float16:
@@ -209,6 +249,12 @@ class T5Encoder(nn.Module):
                 f"feed_forward_proj {kind!r} is not supported.{did_you_mean(kind, FEED_FORWARDS)}",
                 "text encoder config",
                 f"one of {', '.join(FEED_FORWARDS)}",
+            )
+        if self.quantization not in QUANTIZATIONS:
+            raise ConfigError(
+                f"quantization {self.quantization!r} is not supported",
+                "t5",
+                f"one of {QUANTIZATIONS}",
             )
         init = nn.initializers.normal(1.0)
         self.shared = nn.Embed(self.vocab_size, self.d_model, embedding_init=init)

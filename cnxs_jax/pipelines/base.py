@@ -18,8 +18,10 @@ import numpy as np
 from cnxs_jax.control.paint import word_condition
 from cnxs_jax.diffusion import guidance, sampling, solvers
 from cnxs_jax.errors import ConfigError
+from cnxs_jax.models import tiling
 from cnxs_jax.pipelines import control as controls
 from cnxs_jax.pipelines import images as pictures
+from cnxs_jax.pipelines import offload
 from cnxs_jax.pipelines import request as requests
 from cnxs_jax.pipelines.scheduler import is_lcm, override
 from cnxs_jax.pipelines.sizes import check_side, resize_and_crop
@@ -69,12 +71,20 @@ def denoise(module, params, noise, cond, table, keys):
     return sampling.sample(step, params, noise, cond, table, key=keys)
 
 
-@functools.partial(jax.jit, static_argnames=("module", "size"))
-def decode(module, params, latents, size):
-    """Pictures [B,H,W,3] around [0,1], not clamped, of scaled latents; `size` = (H, W)."""
+@functools.partial(jax.jit, static_argnames=("module", "size", "tile"))
+def decode(module, params, latents, size, tile=None):
+    """Pictures [B,H,W,3] around [0,1], not clamped, of scaled latents; `size` = (H, W).
+
+    `tile`: latents a side that are decoded at once (`models.tiling`), all of them unless given.
+    """
+
+    def whole(z):
+        return module.apply({"params": params}, z, method="decode").astype(jnp.float32)
+
     latents = latents / module.scaling_factor + (module.shift_factor or 0.0)
-    image = module.apply({"params": params}, latents, method="decode")
-    return resize_and_crop(image.astype(jnp.float32) * 0.5 + 0.5, *size)
+    tile = max(latents.shape[1:3]) if tile is None else tile
+    image = tiling.decode(whole, latents, module.downsample_factor, tile)
+    return resize_and_crop(image * 0.5 + 0.5, *size)
 
 
 @functools.partial(jax.jit, static_argnames=("module",))
@@ -95,6 +105,8 @@ class Pipeline:
         mesh: devices that share parameters and batch, or None for one device.
         controllers: what is attached to the denoiser, a tuple of `control.Controller`.
         options: entries of model_index.json that are no components.
+        offload: None, or "model" or "sequential": the networks lie on the host (`offload`).
+        vae_tile: latents a side that the autoencoder decodes at once, or None for all.
     """
 
     components: dict
@@ -104,6 +116,8 @@ class Pipeline:
     mesh: Any = None
     controllers: tuple = ()
     options: dict = dataclasses.field(default_factory=dict)
+    offload: str | None = None
+    vae_tile: int | None = None
 
     class_name: ClassVar[str]  # diffusers' name of the family
     classes: ClassVar[dict]  # {directory: (library, class)} of model_index.json
@@ -214,9 +228,10 @@ class Pipeline:
         noise, keys = draw(request.seeds, request.indices, shape)
         noise = noise if request.latents is None else jnp.asarray(request.latents)
         network = controls.attach(self.components[self.denoiser], self.controllers)
-        out = denoise(*network, *self._rows((noise, cond)), table, self._rows(keys))
+        out = self.run(network, denoise, *self._rows((noise, cond)), table, self._rows(keys))
         if request.output_type != "latent":
-            out = decode(*self.components["vae"], out, size)
+            vae = self.components["vae"]
+            out = self.run(vae, decode, out, size=size, tile=self.vae_tile)
         out = np.asarray(out, np.float32)[: request.batch]
         requests.check_finite(out, request)
         scheduler = self.scheduler["_class_name"]
@@ -227,6 +242,13 @@ class Pipeline:
             return Result(out, parameters)
         out = np.clip(out, 0.0, 1.0)
         return Result(out if request.output_type == "np" else pictures.to_pil(out), parameters)
+
+    def run(self, network, program, *args, **static):
+        """`program(module, params, *args, **static)` of a network (module, params)."""
+        module, params = network
+        if self.offload is None:
+            return program(module, params, *args, **static)
+        return offload.run(program, module, params, *args, **static)
 
     def replace(self, control=None, lora=None, experts=None, scheduler=None):
         """Another pipeline that shares this one's arrays and compiled programs.

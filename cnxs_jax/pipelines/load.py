@@ -19,6 +19,7 @@ from cnxs_jax.convert import (
     single_file,
 )
 from cnxs_jax.convert import controlnet_xs_fused as fused
+from cnxs_jax.convert import quantize as int8
 from cnxs_jax.errors import CheckpointError, ConfigError, did_you_mean
 from cnxs_jax.storage import write_json
 
@@ -35,7 +36,7 @@ MAX_CONFIG = 2**20
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def load_model(path, component=None, config=None, dtype=None):
+def load_model(path, component=None, config=None, dtype=None, quantize=None):
     """Opens one network with its weights: `(module, params)`.
 
     Args:
@@ -49,6 +50,7 @@ def load_model(path, component=None, config=None, dtype=None):
             the state dict of a `.pth` that has several ("state_dict_ema").
         config: a dict or a JSON file with diffusers' names; goes over the file's own.
         dtype: of parameters and computation ("bfloat16"); None: float32.
+        quantize: "int8" for int8 kernels (T5 encoders), see `cnxs_jax.convert.quantize`.
 
     Returns:
         A Linen module and its parameters, jax arrays in a nested dict.
@@ -57,15 +59,19 @@ def load_model(path, component=None, config=None, dtype=None):
         ConfigError: unknown class or component, unsupported config.
         CheckpointError: missing, damaged, hostile or ill-fitting files.
     """
-    module, params = read_model(path, component, config, dtype)
+    module, params = read_model(path, component, config, dtype, quantize)
     return module, place(params)
 
 
-def read_model(path, component=None, config=None, dtype=None):
+def read_model(path, component=None, config=None, dtype=None, quantize=None):
     """`load_model` with numpy arrays in host memory: for whoever places them on a mesh."""
     dtype = check_dtype(dtype)
     module, target, tensors, table, where = open_model(path, component, config, dtype)
-    return module, rules.to_params(tensors, target, table, where, dtype or np.float32)
+    if quantize is None:
+        return module, rules.to_params(tensors, target, table, where, dtype or np.float32)
+    module = int8.quantized(module, quantize)
+    shapes = families.shapes(module)
+    return module, int8.to_params(tensors, target, shapes, table, where, dtype or np.float32)
 
 
 def place(params, mesh=None):
@@ -83,6 +89,20 @@ def place(params, mesh=None):
         return jnp.asarray(leaf) if where is None else sharding.put(leaf, where[name])
 
     return tree.unflatten({name: put(name) for name in list(flat)})
+
+
+def abstract_model(path, component=None, dtype=None):
+    """`(module, shapes)` of a component directory by its config.json: weights are not looked at.
+
+    Raises ConfigError and CheckpointError as `load_model` does.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError("there is no such directory", str(path))
+    where = component_directory(path, component) / "config.json"
+    given = read_config(where)
+    family = families.family_of(given, str(where))
+    return families.build(family, given, str(where), check_dtype(dtype))
 
 
 def open_model(path, component=None, config=None, dtype=None):
@@ -272,6 +292,9 @@ def save_model(module, params, directory, dtype=None, null_caption=None):
 
     Raises CheckpointError if the disk refuses or reads back something else.
     """
+    if getattr(module, "quantization", None):
+        fix = "save the pipeline that was loaded without `quantize`"
+        raise ConfigError("int8 weights have no place in this layout", "save_model", fix)
     family, directory = families.family_of_module(module), Path(directory)
     tensors = rules.to_tensors(params, family.save_table or family.table)
     make_directory(directory)

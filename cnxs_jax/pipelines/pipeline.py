@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from cnxs_jax.convert.families import family_of_module
 from cnxs_jax.diffusion import solvers
 from cnxs_jax.errors import CheckpointError, ConfigError, did_you_mean
+from cnxs_jax.models import tiling
+from cnxs_jax.pipelines import offload as offloading
 from cnxs_jax.pipelines import scheduler as schedulers
 from cnxs_jax.pipelines.base import Component, Pipeline
 from cnxs_jax.pipelines.control import open_controllers
@@ -44,7 +46,16 @@ HUB_FILES = ("*.json", "*/*.json", "*/*.safetensors", "*.safetensors", "*/*.mode
 
 
 def load_pipeline(
-    path, control=None, lora=None, experts=None, scheduler=None, dtype=None, mesh=None
+    path,
+    control=None,
+    lora=None,
+    experts=None,
+    scheduler=None,
+    dtype=None,
+    mesh=None,
+    offload=None,
+    quantize=None,
+    vae_tiling=False,
 ) -> Pipeline:
     """A pipeline from a diffusers directory or, where huggingface_hub is installed, a hub id.
 
@@ -58,12 +69,17 @@ def load_pipeline(
         dtype: "float32" (default) or "bfloat16", of the denoiser's and the text encoder's
             parameters and arithmetic. The autoencoder stays in float32.
         mesh: a mesh of `cnxs_jax.sharding.make_mesh` over which parameters and batch are split.
+        offload: "model": each network is on the device only while it runs; "sequential": the T5
+            encoder block by block, too (`cnxs_jax.pipelines.offload`).
+        quantize: "int8": the text encoder's kernels (`cnxs_jax.convert.quantize`).
+        vae_tiling: decode large pictures in overlapping tiles (`cnxs_jax.models.tiling`).
 
     Raises:
         ConfigError: an unknown class or scheduler, or a part that the family does not take.
         CheckpointError: missing or damaged files.
     """
     compute = _compute_dtype(dtype)
+    offloading.check(offload, mesh, quantize)
     directory = _directory(path)
     index = schedulers.read_json(directory / INDEX)
     family, compat = _family(index, directory)
@@ -82,12 +98,17 @@ def load_pipeline(
     for name in family.networks:
         # The autoencoder runs once an image and is the first to lose visible precision.
         own = jnp.float32 if name == "vae" else compute
-        module, params = read_model(directory / name, dtype=own)
+        mode = quantize if name.startswith("text_encoder") else None
+        if offload is not None:
+            components[name] = Component(*offloading.load(directory / name, offload, own, mode))
+            continue
+        module, params = read_model(directory / name, dtype=own, quantize=mode)
         components[name] = Component(module, place(params, mesh))
     null = _null_text(directory, family, components)
     options = {name: index[name] for name in family.default_options if name in index}
     tokenizer = tokenizers if len(tokenizers) > 1 else tokenizers[0]
-    pipe = family(components, tokenizer, config, null, mesh, controllers, options)
+    tile = tiling.TILE if vae_tiling else None
+    pipe = family(components, tokenizer, config, null, mesh, controllers, options, offload, tile)
     pipe.check()
     return pipe
 
@@ -106,6 +127,7 @@ def save_pipeline(pipe, path, dtype=None):
         ConfigError: `path` holds something else.
     """
     path = pathlib.Path(path)
+    offloading.refuse_saving(pipe.components)
     if path.exists() and not path.is_dir():
         raise ConfigError(f"{path} is a file", "save_pipeline")
     if path.exists() and any(path.iterdir()) and not (path / INDEX).exists():

@@ -83,5 +83,5 @@ class PixArtAlphaPipeline(Pipeline):
         """Encoded text [B,L,D] and mask [B,L] of a list of texts."""
         ids, mask = caption_cleaning.tokenize(self.tokenizer, texts, self.max_tokens)
         ids, mask = jnp.asarray(ids), jnp.asarray(mask)
-        text = encode_text(*self.components["text_encoder"], *self._rows((ids, mask)))
+        text = self.run(self.components["text_encoder"], encode_text, *self._rows((ids, mask)))
         return text[: len(texts)], mask

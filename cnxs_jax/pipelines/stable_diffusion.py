@@ -95,7 +95,7 @@ class StableDiffusionPipeline(Pipeline):
     def encoded(self, name, tokenizer, texts):
         """The outputs {"last", "penultimate", "pooled"} of one text encoder."""
         ids, _ = texts_to_tokens.tokenize(tokenizer, texts, self.max_tokens)
-        out = encode_text(*self.components[name], self._rows(jnp.asarray(ids)), None)
+        out = self.run(self.components[name], encode_text, self._rows(jnp.asarray(ids)), None)
         return {key: value[: len(texts)] for key, value in out.items()}
 
 
