@@ -1,6 +1,11 @@
-"""Install with `pip install -e .`; extras: eval, test, test-core (no torch), tpu, cuda."""
+"""Install with `pip install -e .`; extras: eval, test, test-core (no torch), docs, tpu, cuda."""
+
+import pathlib
+import re
 
 from setuptools import find_packages, setup
+
+HERE = pathlib.Path(__file__).parent
 
 BASE = [
     "jax>=0.7.2,<0.13",
@@ -39,12 +44,21 @@ TEST = [
     "beautifulsoup4",
     "scikit-image",
 ]  # the other side of the parity tests
+DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"]
+
+
+def version():
+    """`cnxs_jax.__version__`, read and not imported."""
+    text = (HERE / "cnxs_jax" / "__init__.py").read_text(encoding="utf-8")
+    return re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)[1]
+
 
 setup(
     name="cnxs_jax",
-    version="0.1.0",
+    version=version(),
     description="Fast, controllable, expert text-to-image in JAX and Flax",
     license="Apache-2.0",
+    license_files=["LICENSE", "LICENSE-DATA"],
     python_requires=">=3.11",
     packages=find_packages(include=["cnxs_jax", "cnxs_jax.*"]),
     package_data={"cnxs_jax": ["assets/**/*", "assets/*"]},
@@ -53,6 +67,7 @@ setup(
         "eval": EVAL,
         "test-core": TEST_CORE,
         "test": TEST,
+        "docs": DOCS,
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
     },
