@@ -33,8 +33,10 @@ EVAL = [
     "scipy",  # jax has it, too
 ]
 TEST_CORE = [*EVAL, "pytest", "pytest-xdist", "ruff"]
+DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"]
 TEST = [
     *TEST_CORE,
+    *DOCS,  # a test builds the site
     "torch==2.13.0",
     "diffusers==0.42.1",
     "accelerate",
@@ -43,8 +45,7 @@ TEST = [
     "ftfy",
     "beautifulsoup4",
     "scikit-image",
-]  # the other side of the parity tests
-DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"]
+]  # torch and what follows: the other side of the parity tests
 
 
 def version():

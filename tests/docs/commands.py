@@ -4,6 +4,8 @@ import pathlib
 import re
 import shlex
 
+import yaml
+
 ROOT = pathlib.Path(__file__).parents[2]
 DOCUMENTS = (
     *sorted((ROOT / "docs").rglob("*.md")),
@@ -11,13 +13,24 @@ DOCUMENTS = (
     *sorted((ROOT / "cnxs_jax" / "assets").rglob("README.md")),
 )
 EXAMPLES = ("docs/examples/xpk.sh", "docs/examples/train.slurm")
+JOBSET = "docs/examples/jobset.yaml"
 
 
-def blocks(path, language):
-    """The code blocks of one language on a page."""
+def fenced(path):
+    """[(language, text)] of a page's code blocks, in their order."""
     text = path.read_text(encoding="utf-8")
-    found = re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    return [block.replace("\\\n", " ") for block in found]
+    return re.findall(r"^```(\w+)[^\n]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def jobset():
+    """The JobSet example as a dict."""
+    return yaml.safe_load((ROOT / JOBSET).read_text(encoding="utf-8"))
+
+
+def container():
+    """The container of the JobSet example."""
+    job = jobset()["spec"]["replicatedJobs"][0]["template"]["spec"]
+    return job["template"]["spec"]["containers"][0]
 
 
 def split(text):
@@ -34,7 +47,8 @@ def split(text):
 
 def shown(path):
     """Every command of a page."""
-    return [words for block in blocks(path, "bash") for words in split(block)]
+    found = [split(text) for language, text in fenced(path) if language == "bash"]
+    return [words for block in found for words in block if not words[0].startswith("--8<--")]
 
 
 def module_of(words):

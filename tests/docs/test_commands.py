@@ -3,8 +3,11 @@
 A command with a mistake in a flag, a config key, a variant or a file's name fails here.
 """
 
+import functools
 import importlib
+import inspect
 import os
+import re
 import subprocess
 import sys
 import time
@@ -17,7 +20,7 @@ from cnxs_jax import sample
 from cnxs_jax.convert import __main__ as convert
 from tests.checks import record
 from tests.docs import commands
-from train import validate
+from train import loop, validate
 
 ROOT = commands.ROOT
 # Beside `python -m ...`: what else the documents may tell a reader to type, by its first word.
@@ -33,6 +36,7 @@ EVERY = [(path.relative_to(ROOT), words) for path in commands.DOCUMENTS
          for words in commands.shown(path)]  # fmt: skip
 EVERY += [(path, words) for path in commands.EXAMPLES
           for words in commands.split((ROOT / path).read_text())]  # fmt: skip
+EVERY.append((commands.JOBSET, commands.container()["command"]))
 
 
 def unwrap(words):
@@ -51,9 +55,8 @@ def config_of(arguments):
     config = module.get_config(*([variant] if variant else []))
     for override in overrides:
         key, _, value = override.removeprefix("--config.").partition("=")
-        place, *_, leaf = [config, *key.split(".")]
-        for part in key.split(".")[:-1]:
-            place = place[part]
+        *parents, leaf = key.split(".")
+        place = functools.reduce(lambda table, name: table[name], parents, config)
         kind = type(place[leaf]) if place[leaf] is not None else str
         place[leaf] = value == "True" if kind is bool else kind(value)
     validate.check(config)
@@ -62,8 +65,6 @@ def config_of(arguments):
 
 def flags_of(module):
     """Names of the absl flags that a main module defines; its source is read, not imported."""
-    import re
-
     source = (ROOT / module.replace(".", "/")).with_suffix(".py")
     if not source.is_file():
         source = ROOT / module.replace(".", "/") / "__main__.py"
@@ -98,6 +99,22 @@ def test_understood(page, words):
         assert not unknown, f"{page}: {module} has no {unknown}"
         if any(a.startswith("--config=") for a in arguments):
             config_of(arguments)
+
+
+def test_the_clusters_processes_and_chips_agree():
+    job = commands.jobset()["spec"]["replicatedJobs"][0]["template"]["spec"]
+    assert job["parallelism"] == job["completions"]
+    chips = commands.container()["resources"]["limits"]["google.com/tpu"] * job["parallelism"]
+    topology = job["template"]["spec"]["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
+    assert chips == np.prod([int(n) for n in topology.split("x")])
+
+
+def test_what_ray_calls_is_there():
+    source = (ROOT / "docs" / "examples" / "ray_train.py").read_text(encoding="utf-8")
+    compile(source, "ray_train.py", "exec")
+    assert 'loop.main(config, settings["workdir"], resume=True)' in source
+    assert list(inspect.signature(loop.main).parameters) == ["config", "workdir", "resume"]
+    config_of(["--config=configs/pixart_lcm.py:xl_512", "--config.teacher_path=somewhere"])
 
 
 # --- the same, executed ----------------------------------------------------------------------
@@ -146,16 +163,7 @@ def run(command, cwd):
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     shown = " ".join(str(c) for c in command[1:])
     assert done.returncode == 0, f"{shown}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
-
-
-def steps_of(path):
-    """Commands and Python blocks of a page, in their order: ("shell", ...) or ("python", ...)."""
-    text = path.read_text(encoding="utf-8")
-    found = [(text.index(b.splitlines()[0]), "python", b) for b in commands.blocks(path, "python")]
-    for block in commands.blocks(path, "bash"):
-        start = text.index(block.splitlines()[0].split("  ")[0])
-        found += [(start, "shell", words) for words in commands.split(block)]
-    return [(kind, content) for _, kind, content in sorted(found, key=lambda f: f[0])]
+    return done.stdout
 
 
 @pytest.mark.slow
@@ -164,18 +172,17 @@ def steps_of(path):
                                   "docs/results/pixart_lcm.md"])  # fmt: skip
 def test_executed(page, checkout):
     """Trains, draws, converts and evaluates, page by page, as a reader would."""
-    start, ran = time.monotonic(), 0
-    for kind, content in steps_of(ROOT / page):
-        if kind == "python":
-            run([sys.executable, "-c", content], checkout)
+    start, ran, text = time.monotonic(), 0, (ROOT / page).read_text(encoding="utf-8")
+    for language, block in commands.fenced(ROOT / page):
+        todo = [["-c", block]] if language == "python" else []
+        for words in commands.split(block) if language == "bash" else []:
+            module, arguments = commands.module_of(unwrap(words))
+            arguments = smallest(module, arguments) if module in OURS else None
+            todo += [] if arguments is None else [["-m", module, *arguments]]
+        for arguments in todo:
+            printed = run([sys.executable, *arguments], checkout)
             ran += 1
-            continue
-        module, arguments = commands.module_of(unwrap(content))
-        if module not in OURS:
-            continue
-        arguments = smallest(module, arguments)
-        if arguments is not None:
-            run([sys.executable, "-m", module, *arguments], checkout)
-            ran += 1
+            for line in printed.splitlines():  # a table on a page is what its command prints
+                assert language != "python" or not line.startswith("| ") or line in text, line
     assert ran, page
     record(f"commands of {page}", run=ran, seconds=round(time.monotonic() - start))

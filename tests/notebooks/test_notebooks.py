@@ -90,7 +90,7 @@ def test_one_setup_and_one_repository():
 
 def test_a_checkpoint_comes_in_and_goes_back(tmp_path):
     out = tmp_path / "out"
-    seen, _ = execute("pytorch_and_back", out, STEPS=2)
+    seen, _ = execute("pytorch_and_back", out, STEPS=4)
     text = "".join(cell["text"] for cell in seen)
     assert "blocks.0.attn.qkv.weight" in text
     assert "PixArt, 3,944,288 parameters" in text
@@ -98,7 +98,7 @@ def test_a_checkpoint_comes_in_and_goes_back(tmp_path):
     both = tiles(out, seen[-1], 2, 2, labelled=True)
     first = tiles(out, next(c for c in seen if c["picture"]), 1, 2, labelled=False)
     np.testing.assert_array_equal(both[0], first[0])
-    assert both.std(axis=(2, 3)).min() > 0.01  # pictures, not one colour
+    assert both.std(axis=(2, 3)).min() > 0.02  # pictures, not one colour
     # The shipped weights are bfloat16 already: what goes out is what came in.
     assert np.abs(both[1] - both[0]).max() <= 1 / 255
 
