@@ -21,7 +21,7 @@ from tests.checks import record
 ROOT = pathlib.Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 EXECUTE = pathlib.Path(__file__).with_name("execute.py")
-TILE, GAP, STRIP = 64, 2, 14  # of `make_grid`
+TILE, GAP, STRIP = 192, 2, 14  # of a sheet: pictures of 64 px three times as large
 
 
 def cells(path, kind):
@@ -43,7 +43,7 @@ def execute(name, out, **values):
 
 
 def tiles(out, cell, rows, cols, labelled):
-    """float [rows, cols, 64, 64, 3] in [0, 1] of a grid that a cell showed."""
+    """float [rows, cols, 192, 192, 3] in [0, 1] of a grid that a cell showed."""
     sheet = np.asarray(Image.open(out / cell["picture"]).convert("RGB"), np.float32) / 255
     strip = STRIP if labelled else 0
     height = rows * (TILE + GAP + strip) - GAP
