@@ -82,7 +82,7 @@ def test_understood(page, words):
     if module is None:
         assert words[0] in TOOLS, f"{page}: {words}"
         for word in words[1:]:  # files of the repository that it names
-            if word.startswith("docs/"):
+            if word.startswith(("docs/", "tests/", "notebooks/")):
                 assert (ROOT / word).is_file(), word
         return
     assert module in OURS | MODULES, f"{page}: {module}"

@@ -24,7 +24,7 @@ def run(source, namespace):
 def main(notebook, out, *values):
     given = {name: json.loads(value) for name, value in (v.split("=", 1) for v in values)}
     cells = json.loads(pathlib.Path(notebook).read_text(encoding="utf-8"))["cells"]
-    out, seen, namespace = pathlib.Path(out), [], {"__name__": "__main__"}
+    out, seen, namespace = pathlib.Path(out).absolute(), [], {"__name__": "__main__"}
     out.mkdir(parents=True, exist_ok=True)
     for n, cell in enumerate(cells):
         if cell["cell_type"] != "code":
