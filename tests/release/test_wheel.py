@@ -85,8 +85,8 @@ def test_install_sample_and_convert_outside_the_checkout(wheel, tmp_path):
     assert parameters["prompt"] == PROMPT
 
     model = re.sub(r"__init__\.py\s*$", "assets/pixart_tiny", where)
-    run(python, "-m", "cnxs_jax.convert", model, "copy", cwd=tmp_path)
-    again = [f"--prompt={PROMPT}", "--model=copy", "--out=again.png"]
+    run(python, "-m", "cnxs_jax.convert", model, "converted", cwd=tmp_path)
+    again = [f"--prompt={PROMPT}", "--model=converted", "--out=again.png"]
     run(python, "-m", "cnxs_jax.sample", *again, cwd=tmp_path)
     with Image.open(drawn) as one, Image.open(tmp_path / "again.png") as two:
         assert one.tobytes() == two.tobytes()
