@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 PROMPT = "a tiger left of a carrot, 3d style"
 
 
-def run(*command, cwd, **options):
+def run(*command, cwd):
     """The output of a command that must not fail; it sees nothing of this checkout."""
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
     done = subprocess.run(
