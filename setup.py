@@ -1,6 +1,11 @@
-"""Install with `pip install -e .`; extras: eval, test, test-core (no torch), tpu, cuda."""
+"""Install with `pip install -e .`; extras: eval, test, test-core (no torch), docs, tpu, cuda."""
+
+import pathlib
+import re
 
 from setuptools import find_packages, setup
+
+HERE = pathlib.Path(__file__).parent
 
 BASE = [
     "jax>=0.7.2,<0.13",
@@ -28,8 +33,10 @@ EVAL = [
     "scipy",  # jax has it, too
 ]
 TEST_CORE = [*EVAL, "pytest", "pytest-xdist", "ruff"]
+DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"]
 TEST = [
     *TEST_CORE,
+    *DOCS,  # a test builds the site
     "torch==2.13.0",
     "diffusers==0.42.1",
     "accelerate",
@@ -38,13 +45,21 @@ TEST = [
     "ftfy",
     "beautifulsoup4",
     "scikit-image",
-]  # the other side of the parity tests
+]  # torch and what follows: the other side of the parity tests
+
+
+def version():
+    """`cnxs_jax.__version__`, read and not imported."""
+    text = (HERE / "cnxs_jax" / "__init__.py").read_text(encoding="utf-8")
+    return re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)[1]
+
 
 setup(
     name="cnxs_jax",
-    version="0.1.0",
+    version=version(),
     description="Fast, controllable, expert text-to-image in JAX and Flax",
     license="Apache-2.0",
+    license_files=["LICENSE", "LICENSE-DATA"],
     python_requires=">=3.11",
     packages=find_packages(include=["cnxs_jax", "cnxs_jax.*"]),
     package_data={"cnxs_jax": ["assets/**/*", "assets/*"]},
@@ -53,6 +68,7 @@ setup(
         "eval": EVAL,
         "test-core": TEST_CORE,
         "test": TEST,
+        "docs": DOCS,
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
     },

@@ -1,0 +1,46 @@
+"""The docs: the site builds without a warning, and what the pages show exists."""
+
+import importlib.util
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="pip install -e '.[docs]'")
+def test_the_site_builds_without_a_warning(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", f"--site-dir={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    api = (tmp_path / "api" / "index.html").read_text(encoding="utf-8")
+    for name in ("load_pipeline", "load_model", "attach", "word_condition", "make_mesh"):
+        assert f".{name}" in api
+
+
+def test_every_page_is_in_the_navigation():
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    listed = set(re.findall(r"[\w/]+\.md", text.split("\nnav:")[1]))
+    assert listed == {str(page.relative_to(ROOT / "docs")) for page in PAGES}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_files_that_a_page_names_exist(page):
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(r"`((?:cnxs_jax|configs|docs|notebooks|tests|train|eval)/[\w./-]+)`", text)
+    included = re.findall(r'--8<-- "([\w./-]+)', text)
+    for name in (*named, *included):
+        place = name.split(":")[0]
+        assert (ROOT / place).exists() or place == "docs/results/checks.json", f"{page}: {name}"
+
+
+def test_pictures_have_their_command():
+    """A page that shows a picture has a command on it or links the page that has it."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        if re.search(r"!\[", text):
+            assert "```bash" in text or "results/pixart_lcm.md" in text, page
