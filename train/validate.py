@@ -134,6 +134,14 @@ def integers(length=None, low=1):
     return check
 
 
+def booleans(value, where):
+    """A tuple of True and False."""
+    if not sequence(value):
+        raise ConfigError(f"{value!r} is not a tuple of True and False", where)
+    for item in value:
+        boolean(item, where)
+
+
 def numbers(length):
     """A tuple of numbers."""
 
