@@ -6,6 +6,8 @@ come from `python -m eval --config=... --workdir=...`.
 
 import json
 
+from train import validate
+
 
 def write(config, workdir):
     """The report of a run that asks for one and has none yet; its path, or None.
@@ -20,6 +22,16 @@ def write(config, workdir):
 
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(config.report).items()}
     return run.main(config, workdir, out=workdir, summary=costs(config, workdir), **options)
+
+
+def finish(config, root, again):
+    """Calls `config.finish.task`, "module:function", which joins the stages: `(config, root)`.
+
+    Args:
+        again: whether a stage went on since; what was joined before is kept otherwise.
+    """
+    if again or not (root / "report.md").is_file():
+        validate.function_of(config.finish.task)(config, root)
 
 
 def costs(config, workdir):

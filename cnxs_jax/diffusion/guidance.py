@@ -65,8 +65,8 @@ class Styled:
 
     `u + scale (c - u) + style_scale (s - c)`: u sees nothing, c the text, s text and style (as
     InstructPix2Pix weighs its two conditions, arXiv 2211.09800, equation 3); three evaluations in
-    one batch. `cond` is that of s; `cond["unstyled"]` holds the keys that differ for c, `null` those
-    that differ further for u; `style_scale [B]`. Without `unstyled` it is `Guided`.
+    one batch. `cond` is that of s; `cond["unstyled"]` holds the keys that differ for c, `null`
+    those that differ further for u; `style_scale [B]`. Without `unstyled` it is `Guided`.
     """
 
     denoise: Any
@@ -81,9 +81,8 @@ class Styled:
             return self.denoise(params, x, t, inner)
         for name in ("guidance_scale", "style_scale"):
             _check(cond, name)
-        plain = {**inner, **cond["unstyled"]}
-        halves = pair(plain, cond["null"])
         _known(inner, cond["unstyled"], "unstyled")
+        halves = pair({**inner, **cond["unstyled"]}, cond["null"])
         three = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), inner, halves)
         out = self.denoise(params, jnp.tile(x, (3, 1, 1, 1)), jnp.tile(t, 3), three)
         styled, text, nothing = jnp.split(mean_channels(out, x), 3)

@@ -193,7 +193,7 @@ class Pipeline:
         if request.output_type != "latent":
             out = decode(*self.components["vae"], out, size)
         out = np.asarray(out, np.float32)[: request.batch]
-        _check_finite(out, request)
+        check_finite(out, request)
         parameters = self._parameters(request, size)
         if request.output_type == "latent":
             return Result(out, parameters)
@@ -283,7 +283,7 @@ class Pipeline:
         return rows
 
 
-def _check_finite(out, request):
+def check_finite(out, request):
     """Before clamping: a clamp would turn NaN into a black picture."""
     bad = [n for n in range(len(out)) if not np.isfinite(out[n]).all()]
     if bad:

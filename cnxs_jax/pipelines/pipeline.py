@@ -14,12 +14,13 @@ from cnxs_jax.diffusion import solvers
 from cnxs_jax.errors import CheckpointError, ConfigError, did_you_mean
 from cnxs_jax.pipelines import scheduler as schedulers
 from cnxs_jax.pipelines.base import Component, Pipeline, refuse_parts
+from cnxs_jax.pipelines.ediffi import EDiffIPipeline
 from cnxs_jax.pipelines.load import load_model, load_null_caption, save_model
 from cnxs_jax.pipelines.pixart import PixArtAlphaPipeline
 
 __all__ = ["FAMILIES", "load_pipeline", "save_pipeline"]
 
-FAMILIES = {family.class_name: family for family in (PixArtAlphaPipeline,)}
+FAMILIES = {family.class_name: family for family in (PixArtAlphaPipeline, EDiffIPipeline)}
 INDEX = "model_index.json"
 # The diffusers release whose layout is written; it reads the number for information only.
 DIFFUSERS_VERSION = "0.42.1"
@@ -49,6 +50,9 @@ def load_pipeline(
     compute = _compute_dtype(dtype)
     directory = _directory(path)
     family = _family(directory)
+    if hasattr(family, "read"):  # a layout of its own
+        parts = {"control": control, "lora": lora, "experts": experts}
+        return family.read(directory, compute, scheduler=scheduler, mesh=mesh, **parts)
     refuse_parts(family.class_name, control=control, lora=lora, experts=experts)
     config = schedulers.read(directory)
     if "_class_name" not in config:
@@ -103,6 +107,8 @@ def save_pipeline(pipe, path, dtype=None):
 
 def _write(pipe, directory, dtype):
     directory.mkdir()
+    if hasattr(pipe, "write"):  # a layout of its own
+        return pipe.write(directory, dtype)
     index = {"_class_name": pipe.class_name, "_diffusers_version": DIFFUSERS_VERSION}
     for name, (library, class_name) in pipe.classes.items():
         if name == "scheduler":
