@@ -12,6 +12,10 @@ import numpy as np
 
 from cnxs_jax.diffusion import expert_tree, sampling
 from cnxs_jax.diffusion.expert_tree import Interval, LogNormal
+from cnxs_jax.pipelines.base import Component
+from cnxs_jax.pipelines.ediffi import EDiffIPipeline
+from cnxs_jax.pipelines.load import load_model
+from cnxs_jax.pipelines.pipeline import save_pipeline
 from train import inputs, report, validate
 from train.objectives_edm import edm_denoise
 from train.pictures import grid, to_uint8
@@ -38,24 +42,15 @@ BATCH = 64
 
 def cascade(config, root):
     """Joins the exports of `config.stages` that lie below `root`."""
-    from cnxs_jax.pipelines.ediffi import EDiffIPipeline
-    from cnxs_jax.pipelines.pipeline import save_pipeline
-
     found = resolutions(config, root)
     first = config[found[0]["stages"][0]]
     encoders, params, batches = open_encoders(first)
-    tokens = {("clip_text" if k else "text"): v for k, v in batches.tokenizers.items()}
-    limits = dict.fromkeys(tokens, first.data.get("max_length", 24))
-    stages = tuple(entry["ensemble"] for entry in found)
-    pipe = EDiffIPipeline(stages, encoders, params, tokens, limits)
+    stages = tuple(entry["result"] for entry in found)
+    pipe = EDiffIPipeline(stages, encoders, params, batches.tokenizers, batches.lengths)
     save_pipeline(pipe, root / "export")
     figures = {
         "training": {n: report.costs(config[n], root / n) for n in config.stages},
-        "losses": {
-            entry["ensemble"].name: compared(config, entry)
-            for entry in found
-            if entry["shared"] is not None and entry["ensemble"] is not entry["shared"]
-        },
+        "losses": {e["result"].name: compared(config, e) for e in found if len(e["stages"]) > 1},
     }
     captions = inputs.examples(first, config.finish.num_pictures)["caption"]
     drawn = pipe(captions, seed=0, output_type="latent").images
@@ -65,66 +60,64 @@ def cascade(config, root):
 
 
 def resolutions(config, root):
-    """One entry a picture size, smallest first: its stages, shared model and ensemble.
+    """One entry a picture size, smallest first: its stages, the parent's Stage and the result's.
 
-    The ensemble is made of the stages that have a `tree`; without one it is the shared model.
+    The parent is the first stage of that size. The result is made of the stages that train
+    experts, if there are any, else it is the last stage.
     """
-    from cnxs_jax.pipelines.base import Component
-    from cnxs_jax.pipelines.load import load_model
 
-    def components(name, count):
-        return [
-            Component(*load_model(root / name / "export" / f"expert_{i}")) for i in range(count)
-        ]
+    def components(name, count=1):
+        place = root / name / "export"
+        return [Component(*load_model(place / f"expert_{i}")) for i in range(count)]
 
-    sizes = {}
-    names = [n for n in config.stages if config[n].task == "train.tasks_ediffi:stage"]
-    for name in names:
-        sizes.setdefault(config[name].size, []).append(name)
-    found = []
-    for size in sorted(sizes):
-        whole = [n for n in sizes[size] if not config[n].get("tree")]
-        parts = [n for n in sizes[size] if config[n].get("tree")]
-        label = "base" if not config[sizes[size][0]].get("low_res_size") else f"sr{size}"
-        shared = stage_of(config[whole[0]], components(whole[0], 1), name=label) if whole else None
-        ensemble = shared
-        if parts:
-            one = config[parts[0]]
+    sizes, found = {}, []
+    for name in config.stages:
+        if config[name].task == "train.tasks_ediffi:stage":
+            sizes.setdefault(config[name].size, []).append(name)
+    for size, names in sorted(sizes.items()):
+        label = f"sr{size}" if config[names[0]].get("low_res_size") else "base"
+        one = config[names[-1]]
+        parent = stage_of(config[names[0]], components(names[0]), name=label)
+        experts, intervals = components(names[-1]), (expert_tree.WHOLE,)
+        if one.get("tree") and one.get("mix") is None:
             intervals = expert_tree.cover(one.tree)
-            if one.get("expert") is None:
-                experts = components(parts[0], len(intervals))
-            else:
-                ordered = sorted(parts, key=lambda n: config[n].expert)
-                experts = [components(n, 1)[0] for n in ordered]
-            ensemble = stage_of(one, experts, intervals, label)
-        found.append({"stages": sizes[size], "shared": shared, "ensemble": ensemble})
+            parts = sorted((n for n in names if config[n].get("tree")), key=number_of(config))
+            several = one.get("expert") is None
+            experts = [c for n in parts for c in components(n, len(intervals) if several else 1)]
+        result = stage_of(one, experts, intervals, label)
+        found.append({"stages": names, "parent": parent, "result": result})
     return found
 
 
+def number_of(config):
+    """The sort key of stages that train one expert each."""
+    return lambda name: config[name].get("expert") or 0
+
+
 def compared(config, entry):
-    """Held-out losses of shared model and ensemble in every noise interval, with equal noises."""
-    shared, ensemble = entry["shared"], entry["ensemble"]
-    cuts = bins(ensemble.intervals, config.finish.quantiles)
+    """Held-out losses of parent and result in every noise interval, with equal noises."""
+    parent, result = entry["parent"], entry["result"]
+    cuts = bins(result.intervals, config.finish.quantiles)
     one = config[entry["stages"][0]]
     batches = heldout(one, config.finish.num_heldout)
     losses = {
-        "shared": interval_losses(shared, cuts, batches, config.finish.noises),
-        "ensemble": interval_losses(ensemble, cuts, batches, config.finish.noises),
+        "parent": interval_losses(parent, cuts, batches, config.finish.noises),
+        "result": interval_losses(result, cuts, batches, config.finish.noises),
     }
-    levels, mass = ensemble.levels, np.array([cut.mass for cut in cuts])
+    levels, mass = result.levels, np.array([cut.mass for cut in cuts])
     rows = [
         {
             "quantiles": [cut.low, cut.high],
             "sigma": [float(levels.edge(cut.low)), float(levels.edge(cut.high))],
-            "expert": ensemble.intervals[owner(ensemble.intervals, cut)].name,
-            "shared": float(losses["shared"][i]),
-            "ensemble": float(losses["ensemble"][i]),
-            "ratio": float(losses["ensemble"][i] / losses["shared"][i]),
+            "expert": result.intervals[owner(result.intervals, cut)].name,
+            "parent": float(losses["parent"][i]),
+            "result": float(losses["result"][i]),
+            "ratio": float(losses["result"][i] / losses["parent"][i]),
         }
         for i, cut in enumerate(cuts)
     ]
     total = {name: float((mass * value).sum()) for name, value in losses.items()}
-    return {"bins": rows, "total": {**total, "ratio": total["ensemble"] / total["shared"]}}
+    return {"bins": rows, "total": {**total, "ratio": total["result"] / total["parent"]}}
 
 
 def bins(intervals, quantiles):
@@ -188,17 +181,17 @@ def save_picture(picture, path):
 
 def in_words(figures):
     """The figures as Markdown."""
-    lines = ["# eDiff-I: experts against the shared model", "", "![pictures](pictures.png)", ""]
+    lines = ["# eDiff-I: what the stages made", "", "![pictures](pictures.png)", ""]
     for name, found in figures["losses"].items():
         lines += [f"## Held-out denoising loss, {name}", ""]
-        lines += ["| quantiles | sigma | expert | shared | ensemble | ratio |", "|" + "---|" * 6]
+        lines += ["| quantiles | sigma | expert | parent | result | ratio |", "|" + "---|" * 6]
         for row in found["bins"]:
             low, high = row["quantiles"]
             noise = f"{row['sigma'][0]:.3g} to {row['sigma'][1]:.3g}"
-            values = f"{row['shared']:.4f} | {row['ensemble']:.4f} | {row['ratio']:.3f}"
+            values = f"{row['parent']:.4f} | {row['result']:.4f} | {row['ratio']:.3f}"
             lines.append(f"| {low:.4g} to {high:.4g} | {noise} | {row['expert']} | {values} |")
         total = found["total"]
-        values = f"{total['shared']:.4f} | {total['ensemble']:.4f} | {total['ratio']:.3f}"
+        values = f"{total['parent']:.4f} | {total['result']:.4f} | {total['ratio']:.3f}"
         lines += [f"| all | | | {values} |", ""]
     lines += ["## Training", "", "| stage | steps | images | minutes |", "|---|---|---|---|"]
     for name, cost in figures["training"].items():

@@ -156,6 +156,8 @@ class Fit:
         )
         whole, self.summary = sharding.replicated(mesh), lambda metrics: metrics
         if task.experts:
+            parts = task.experts * sharding.batch_parts(mesh)
+            validate.check_division(config.batch_size, config.grad_accum, parts, "config")
             step = branch.side_by_side(step, task.experts, mesh)
             self.summary = jax.jit(branch.summary, out_shardings=whole)
             whole = branch.apart(mesh)

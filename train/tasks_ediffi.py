@@ -9,12 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cnxs_jax.data.text import load_tokenizer
+from cnxs_jax.data.text import load_tokenizer, tokenize
 from cnxs_jax.diffusion import edm, expert_tree, sampling
 from cnxs_jax.diffusion.expert_tree import LogNormal
 from cnxs_jax.errors import ConfigError
 from cnxs_jax.models.conditioning import Encoders, clip_pixels, dropped
 from cnxs_jax.models.pixel_unet import PixelUNet
+from cnxs_jax.pipelines.base import Component
+from cnxs_jax.pipelines.cascade import FILES, Sampler, Stage
+from cnxs_jax.pipelines.load import load_model, save_model
 from train import inputs, validate
 from train.loop import Task
 from train.objectives_edm import ENCODER_MASKS, edm_denoise
@@ -31,6 +34,13 @@ def tree(value, where):
     expert_tree.cover(value)
 
 
+def shares(value, where):
+    """One positive number an expert: how often its noise levels are drawn."""
+    validate.numbers(len(value) if validate.sequence(value) else 0)(value, where)
+    for number in value:
+        validate.number(0, open_low=True)(number, where)
+
+
 SHARE = validate.Optional(validate.number(0, 1))
 POSITIVE = validate.number(0, open_low=True)
 KEYS = {
@@ -45,6 +55,7 @@ KEYS = {
         "parent": validate.Optional(validate.text),
         "tree": validate.Optional(tree),
         "expert": validate.Optional(validate.integer(0)),
+        "mix": validate.Optional(shares),
         "margin": SHARE,
         "levels": {"mean": validate.number(), "std": POSITIVE, "scale": POSITIVE},
         "objective": {
@@ -85,10 +96,14 @@ def check_stage(values, where):
         raise ConfigError(
             "low_res_size and unet.low_res_channels belong together", f"{where}.low_res_size"
         )
-    if values.get("expert") is not None:
-        count = len(expert_tree.cover(values.get("tree") or ()))
-        if values["expert"] >= count:
-            raise ConfigError(f"expert {values['expert']} of {count}", f"{where}.expert")
+    count, expert, mix = (
+        len(expert_tree.cover(values.get("tree") or ())),
+        *(values.get(name) for name in ("expert", "mix")),
+    )
+    if expert is not None and (expert >= count or mix is not None):
+        raise ConfigError(f"expert {expert} of {count}, mix {mix}", f"{where}.expert")
+    if mix is not None and len(mix) != count:
+        raise ConfigError(f"{len(mix)} shares for {count} experts", f"{where}.mix")
     if values.get("parent") and values.get("ema_warmup"):
         what = "the warm-up would forget the average that the parent hands on"
         raise ConfigError(what, f"{where}.ema_warmup", "set it to False")
@@ -101,14 +116,16 @@ def stage(config):
     """Trains a `PixelUNet`; exports it as an expert, ready for `train.ediffi_finish`.
 
     With `tree` and `expert`, it is trained on that expert's noise levels; with `tree` alone, all
-    experts of it are trained side by side, each on an equal share of the batch.
+    experts of it are trained side by side, each on an equal share of the batch; with `tree` and
+    `mix`, it is one model that draws each expert's levels so often (a control for the experts).
     """
     encoders, encoder_params, loader = open_encoders(config)
     unet, levels = make(PixelUNet, config.unet), LogNormal(**config.levels)
     encoders.check(unet, "config.unet")
-    intervals = expert_tree.cover(config.get("tree") or ())
-    margin = config.get("margin") or 0.0
-    limits = [interval.with_margin(margin) for interval in intervals]
+    intervals, mix = expert_tree.cover(config.get("tree") or ()), config.get("mix")
+    if mix is not None:
+        levels, intervals = expert_tree.Mixture(levels, intervals, tuple(mix)), intervals[:1]
+    limits = [interval.with_margin(config.get("margin") or 0.0) for interval in intervals]
     several = config.get("expert") is None and len(intervals) > 1
     own = limits if several else limits[config.get("expert") or 0]
     frozen = {"interval": np.array(own, np.float32)}
@@ -126,8 +143,6 @@ def stage(config):
     )
 
     def export(ema, frozen, encoders, path):
-        from cnxs_jax.pipelines.load import save_model
-
         for i in range(len(intervals) if several else 1):
             own = jax.tree.map(lambda leaf, i=i: leaf[i], ema) if several else ema
             save_model(unet, own, path / f"expert_{i}")
@@ -148,46 +163,54 @@ def stage(config):
 
 
 def open_encoders(config):
-    """`(Encoders, their parameters, loader)`: the frozen encoders and batches with their tokens."""
-    from cnxs_jax.pipelines.load import load_model
+    """`(Encoders, their parameters, batches)`: the frozen encoders and a loader with their tokens.
 
+    `text_path` has a T5 as `text_encoder` and `tokenizer` (any PixArt pipeline has), `clip_path` a
+    CLIP as `clip_text_encoder`, `clip_tokenizer` and `clip_image_encoder`.
+    """
     networks, params, tokenizers = {}, {}, {}
-    for name, (path, component, prefix) in sources(config).items():
-        networks[name], params[name] = load_model(f"{path}/{component}")
-        if prefix is not None:
-            folder = component.replace("text_encoder", "tokenizer")
-            tokenizers[prefix] = load_tokenizer(f"{path}/{folder}")
+    for name, path in (
+        ("text", "text_path"),
+        ("clip_text", "clip_path"),
+        ("clip_image", "clip_path"),
+    ):
+        if not config.get(path):
+            continue
+        network, tokens = FILES[name]
+        networks[name], params[name] = load_model(f"{config[path]}/{network}")
+        if tokens:
+            tokenizers[name] = load_tokenizer(f"{config[path]}/{tokens}")
+    lengths = {n: min(config.data.max_length, reach(networks[n])) for n in tokenizers}
     loader, _ = inputs.open_loader(config, tokens=False)
-    return Encoders(**networks), params, Batches(loader, config, tokenizers)
+    return Encoders(**networks), params, Batches(loader, tokenizers, lengths)
 
 
-def sources(config):
-    """{encoder: (directory, network, prefix of its tokens or None)} that a config names."""
-    found = {}
-    if config.get("text_path"):
-        found["text"] = (config.text_path, "text_encoder", "")
-    if config.get("clip_path"):
-        found["clip_text"] = (config.clip_path, "clip_text_encoder", "clip_")
-        found["clip_image"] = (config.clip_path, "clip_image_encoder", None)
-    return found
+def reach(module):
+    """How many tokens a text encoder has positions for; T5 has no limit."""
+    return getattr(module, "max_position_embeddings", 2**15)
 
 
 class Batches:
-    """A loader whose batches have the tokens of both text encoders, as far as they are there."""
+    """A loader whose batches have the tokens of the text encoders that are there.
 
-    def __init__(self, loader, config, tokenizers):
-        self.loader, self.config, self.tokenizers = loader, config, tokenizers
+    Attributes:
+        tokenizers, lengths: {"text" | "clip_text": tokenizer, or tokens that a text is padded to}.
+    """
+
+    def __init__(self, loader, tokenizers, lengths):
+        self.loader, self.tokenizers, self.lengths = loader, tokenizers, lengths
         self.get_state, self.set_state = loader.get_state, loader.set_state
 
     def __next__(self):
         return self.of(next(self.loader))
 
     def of(self, batch):
-        """The numeric part of `batch` with the tokens of its captions."""
+        """The arrays of `batch` with the tokens of its captions."""
         found = {k: v for k, v in batch.items() if isinstance(v, np.ndarray)}
-        for prefix, tokenizer in self.tokenizers.items():
-            made = inputs.tokens(self.config, tokenizer, batch["caption"])
-            found |= {f"{prefix}{name}": value for name, value in made.items()}
+        for name, tokenizer in self.tokenizers.items():
+            ids, mask = tokenize(tokenizer, batch["caption"], self.lengths[name])
+            prefix = "clip_" if name == "clip_text" else ""
+            found |= {f"{prefix}input_ids": ids, f"{prefix}attention_mask": mask}
         return found
 
 
@@ -240,16 +263,12 @@ def cropped(x, low_res, crop, key):
 
 def stage_of(config, components, intervals=(expert_tree.WHOLE,), name="base"):
     """The cascade's `Stage` that a config describes."""
-    from cnxs_jax.pipelines.cascade import Sampler, Stage
-
     levels, how = LogNormal(**config.levels), Sampler(**config.sampler)
     return Stage(name, config.size, tuple(components), tuple(intervals), levels, how)
 
 
 def sampler(config, encoders, unet, loader):
     """`sample(ema, frozen, encoders)`: real pictures above drawn ones, never cropped."""
-    from cnxs_jax.pipelines.base import Component
-
     encode = encoder(type(config)(config.to_dict() | {"crop": None}), encoders)
     shown = loader.of(inputs.examples(config, 16))
 
