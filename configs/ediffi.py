@@ -12,7 +12,8 @@ tree over the noise distribution; super-resolution stages follow.
   :mixed    :shared on the noise levels that the experts' unequal shares amount to
   :parallel :tiny with its experts side by side, one a group of devices (--config.experts.mesh.
             expert=3) or in turn on one
-  :smoke    three steps of the smallest cascade without CLIP, to test the plumbing
+  :smoke    three steps of a smaller cascade to 32 px without CLIP, to test the plumbing
+            (pytest -m slow tests/train/test_ediffi.py)
   :paper    64 -> 256 -> 1024 px at about the published size
 
 What is the paper's and what is not. No code or weights were ever released. The tree (E[3,0],
@@ -59,8 +60,10 @@ def get_config(variant="tiny"):
     config = tiny()
     if variant in ("cascade", "smoke"):
         config.sr32 = super_resolution(16, 32)
+        config.stages = (*config.stages, "sr32")
+    if variant == "cascade":
         config.sr64 = super_resolution(32, 64)
-        config.stages = (*config.stages, "sr32", "sr64")
+        config.stages = (*config.stages, "sr64")
     if variant in ("shared", "updates", "mixed"):
         longer(config, variant)
     if variant == "parallel":
@@ -236,7 +239,7 @@ def smoke(config):
         stage = config[name]
         stage.steps, stage.batch_size = 3, 8
         stage.log_every, stage.save_every, stage.sample_every = 1, 3, 3
-        stage.optimizer.warmup_steps = 1
+        stage.optimizer.warmup_steps, stage.optimizer.schedule = 1, "constant"
         stage.unet.block_out_channels = (8,) * len(stage.unet.block_out_channels)
         stage.unet.layers_per_block = (1,) * len(stage.unet.layers_per_block)
         stage.unet.attention_head_dim, stage.unet.cross_attention_dim = 8, 16

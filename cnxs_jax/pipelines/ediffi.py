@@ -202,7 +202,8 @@ class EDiffIPipeline:
         if word_masks is None:
             return {}, {}
         masks = [word_masks] * len(request.prompts) if isinstance(word_masks, dict) else word_masks
-        contexts = [(self.tokenizers[n], self.max_tokens[n]) for n in self.tokenizers]
+        order = [n for n in ("text", "clip_text") if n in self.tokenizers]  # the context's
+        contexts = [(self.tokenizers[n], self.max_tokens[n]) for n in order]
         side = (self.stages[0].size,) * 2
         made = paint.word_condition(contexts, request.prompts, list(masks), side)
         repeat = functools.partial(np.repeat, repeats=request.repeats, axis=0)
