@@ -120,12 +120,12 @@ def common():
     return config
 
 
-def joined(num_heldout=1024):
+def joined(num_heldout=512):
     """What joins the stages, and how finely it looks at the noise levels."""
     config = ConfigDict()
     config.task = "train.ediffi_finish:cascade"
     config.num_heldout = num_heldout
-    config.noises = 4
+    config.noises = 2
     config.num_pictures = 16
     config.quantiles = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 15 / 16)
     return config

@@ -12,6 +12,7 @@ import numpy as np
 
 from cnxs_jax.diffusion import expert_tree, sampling
 from cnxs_jax.diffusion.expert_tree import Interval, LogNormal
+from cnxs_jax.errors import ConfigError
 from cnxs_jax.pipelines.base import Component
 from cnxs_jax.pipelines.ediffi import EDiffIPipeline
 from cnxs_jax.pipelines.load import load_model
@@ -38,6 +39,30 @@ KEYS = {
     }
 }
 BATCH = 64
+
+
+def check_plan(values, where):
+    """Raises ConfigError unless the stages that train experts train each of their tree once."""
+    trees = {}
+    for name in values["stages"]:
+        one = values[name]
+        if one.get("tree") and one.get("mix") is None:
+            trees.setdefault(one["size"], []).append((name, one))
+    for size, found in trees.items():
+        intervals = expert_tree.cover(found[0][1]["tree"])
+        numbers = [one.get("expert") for _, one in found]
+        complete = sorted(n for n in numbers if n is not None) == list(range(len(intervals)))
+        same = all(expert_tree.cover(one["tree"]) == intervals for _, one in found)
+        if not same or (numbers != [None] and not complete):
+            names = ", ".join(interval.name for interval in intervals)
+            raise ConfigError(
+                f"the stages {', '.join(n for n, _ in found)} train the experts {numbers}",
+                f"{where}.stages",
+                f"at {size} px there must be one of each: {names}",
+            )
+
+
+CONFLICTS = {"cascade": check_plan}
 
 
 def cascade(config, root):
@@ -108,7 +133,7 @@ def compared(config, entry):
     rows = [
         {
             "quantiles": [cut.low, cut.high],
-            "sigma": [float(levels.edge(cut.low)), float(levels.edge(cut.high))],
+            "sigma": [level(levels.edge(cut.low)), level(levels.edge(cut.high))],
             "expert": result.intervals[owner(result.intervals, cut)].name,
             "parent": float(losses["parent"][i]),
             "result": float(losses["result"][i]),
@@ -118,6 +143,11 @@ def compared(config, entry):
     ]
     total = {name: float((mass * value).sum()) for name, value in losses.items()}
     return {"bins": rows, "total": {**total, "ratio": total["result"] / total["parent"]}}
+
+
+def level(sigma):
+    """A noise level as JSON can hold it; None is infinity."""
+    return float(sigma) if np.isfinite(sigma) else None
 
 
 def bins(intervals, quantiles):
@@ -133,7 +163,7 @@ def owner(intervals, cut):
 
 
 def heldout(config, number):
-    """Encoded batches of `number` pictures that training does not show, never cropped."""
+    """Encoded batches of `number` pictures that training does not show, whole, without style."""
     encoders, params, loader = open_encoders(config)
     whole = type(config)(config.to_dict() | {"crop": None})
     encode = jax.jit(encoder(whole, encoders))
@@ -141,7 +171,10 @@ def heldout(config, number):
     found = []
     for start in range(0, number, BATCH):
         part = {name: value[start : start + BATCH] for name, value in examples.items()}
-        found.append(encode(params, loader.of(part), jax.random.key(0)))
+        batch = encode(params, loader.of(part), jax.random.key(0))
+        if "clip_image_mask" in batch["cond"]:  # texts alone: a picture would tell its own content
+            batch["cond"]["clip_image_mask"] *= 0
+        found.append(batch)
     return found
 
 
@@ -187,7 +220,8 @@ def in_words(figures):
         lines += ["| quantiles | sigma | expert | parent | result | ratio |", "|" + "---|" * 6]
         for row in found["bins"]:
             low, high = row["quantiles"]
-            noise = f"{row['sigma'][0]:.3g} to {row['sigma'][1]:.3g}"
+            below, above = row["sigma"]
+            noise = f"{below:.3g} and more" if above is None else f"{below:.3g} to {above:.3g}"
             values = f"{row['parent']:.4f} | {row['result']:.4f} | {row['ratio']:.3f}"
             lines.append(f"| {low:.4g} to {high:.4g} | {noise} | {row['expert']} | {values} |")
         total = found["total"]

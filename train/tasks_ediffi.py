@@ -96,10 +96,8 @@ def check_stage(values, where):
         raise ConfigError(
             "low_res_size and unet.low_res_channels belong together", f"{where}.low_res_size"
         )
-    count, expert, mix = (
-        len(expert_tree.cover(values.get("tree") or ())),
-        *(values.get(name) for name in ("expert", "mix")),
-    )
+    count = len(expert_tree.cover(values.get("tree") or ()))
+    expert, mix = values.get("expert"), values.get("mix")
     if expert is not None and (expert >= count or mix is not None):
         raise ConfigError(f"expert {expert} of {count}, mix {mix}", f"{where}.expert")
     if mix is not None and len(mix) != count:
@@ -131,9 +129,12 @@ def stage(config):
     frozen = {"interval": np.array(own, np.float32)}
     encode = encoder(config, encoders)
 
+    # Shapes alone: the encoders' weights must not become constants of the program below.
+    shapes = jax.eval_shape(encode, encoder_params, one_example(loader), jax.random.key(0))
+
     def init(key):
-        batch = encode(encoder_params, one_example(loader), key)
-        return unet.init(key, batch["x"], jnp.zeros(batch["x"].shape[:1]), batch["cond"])["params"]
+        batch = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        return unet.init(key, batch["x"], jnp.zeros(1), batch["cond"])["params"]
 
     options = dict(config.objective)
     rates = options.pop("dropout")
@@ -169,17 +170,13 @@ def open_encoders(config):
     CLIP as `clip_text_encoder`, `clip_tokenizer` and `clip_image_encoder`.
     """
     networks, params, tokenizers = {}, {}, {}
-    for name, path in (
-        ("text", "text_path"),
-        ("clip_text", "clip_path"),
-        ("clip_image", "clip_path"),
-    ):
-        if not config.get(path):
+    for name, (network, tokens) in FILES.items():
+        path = config.get("text_path" if name == "text" else "clip_path")
+        if not path:
             continue
-        network, tokens = FILES[name]
-        networks[name], params[name] = load_model(f"{config[path]}/{network}")
+        networks[name], params[name] = load_model(f"{path}/{network}")
         if tokens:
-            tokenizers[name] = load_tokenizer(f"{config[path]}/{tokens}")
+            tokenizers[name] = load_tokenizer(f"{path}/{tokens}")
     lengths = {n: min(config.data.max_length, reach(networks[n])) for n in tokenizers}
     loader, _ = inputs.open_loader(config, tokens=False)
     return Encoders(**networks), params, Batches(loader, tokenizers, lengths)

@@ -224,6 +224,10 @@ def check(config):
     check_table(values, {**table, **known, "finish": Optional(finish)}, "config")
     for name in stages:
         check_stage(values[name], f"config.{name}")
+    if values.get("finish"):
+        _, plan_conflicts = task_tables(values["finish"]["task"], "config.finish.task")
+        if plan_conflicts is not None:
+            plan_conflicts(values, "config")
 
 
 def finish(value, where):

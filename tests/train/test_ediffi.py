@@ -194,6 +194,20 @@ def test_bad_stages_are_named(name, change, message):
         validate.check_stage(values, "config")
 
 
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        (("shared", "low", "high", "sr32"), r"train the experts \[0, 2\]"),
+        (("shared", "low", "low", "middle", "high"), r"\[0, 0, 1, 2\]"),
+    ],
+)
+def test_a_plan_must_train_each_expert_once(stages, message):
+    config = configs.ediffi.get_config("smoke")
+    config.stages = stages
+    with pytest.raises(ConfigError, match=message):
+        validate.check(config)
+
+
 def test_a_network_that_does_not_fit_its_encoders_is_named(tmp_path):
     config = smoke("shared", tmp_path)
     config.unet.text_dim = 64
