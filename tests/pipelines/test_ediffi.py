@@ -164,5 +164,5 @@ def test_mistakes_are_refused(pipe, options, message):
 
 
 def test_an_unknown_solver_is_named():
-    with pytest.raises(ConfigError, match="did you mean 'deis'"):
+    with pytest.raises(ConfigError, match='Did you mean "deis"'):
         Sampler("dies").table()
