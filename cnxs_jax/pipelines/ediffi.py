@@ -11,6 +11,8 @@ No layout of it was ever published. `save_pipeline` writes, and `load_pipeline` 
 
 import dataclasses
 import functools
+import math
+import numbers
 from typing import ClassVar
 
 import jax
@@ -125,9 +127,7 @@ class EDiffIPipeline:
             )
         ]  # fmt: skip
         self.check_size(rows[0])
-        if style_scale is not None and (style_image is None or not rows[0].guided):
-            what = "it needs a style_image and guidance_scale > 1"
-            raise ConfigError(what, "style_scale")
+        check_style(style_scale, style_image is not None and rows[0].guided)
         cond, null = self.condition(rows[0], style_image)
         base = self.painted(rows[0], word_masks)
         noise, keys = draw(rows[0].seeds, rows[0].indices, (self.stages[0].size,) * 2 + (3,))
@@ -264,6 +264,17 @@ class EDiffIPipeline:
             for expert in stage.experts:
                 encoders[0].check(expert.module, stage.name)
         return cls(stages, *encoders, limits)
+
+
+def check_style(style_scale, usable):
+    """Raises ConfigError for a weight that is no number, or that nothing would be weighed by."""
+    if style_scale is None:
+        return
+    number = isinstance(style_scale, numbers.Real) and not isinstance(style_scale, bool)
+    if not number or not 0 <= style_scale < math.inf:
+        raise ConfigError(f"expected a number of 0 or more, got {style_scale!r}", "style_scale")
+    if not usable:
+        raise ConfigError("it needs a style_image and guidance_scale > 1", "style_scale")
 
 
 def guided(cond, null, request, style_scale):

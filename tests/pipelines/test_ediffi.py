@@ -151,6 +151,7 @@ def test_a_reference_picture_is_a_style_with_a_weight_of_its_own(base, plain):
     [
         ({"height": 32}, "draws 16 px"),
         ({"style_scale": 2.0}, "needs a style_image"),
+        ({"style_image": STYLE, "style_scale": "much"}, "number of 0 or more, got 'much'"),
         ({"style_image": [STYLE] * 2}, "2 pictures for 1 prompts"),
         ({"num_inference_steps": [2, 2, 2]}, "3 values for 2 stages"),
         ({"guidance_scale": -1.0}, "0 or more"),
