@@ -135,9 +135,12 @@ def write_encoders(encoders, params, tokenizers, directory, dtype=None):
 def read_json(path):
     """A table of a JSON file; raises CheckpointError."""
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot be read: {error}", str(path)) from None
+    if not isinstance(found, dict):
+        raise CheckpointError("it is no table of names and values", str(path))
+    return found
 
 
 def read_stage(directory, name, dtype=None):

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import math
 import numbers
+import re
 from typing import ClassVar
 
 import jax
@@ -256,7 +257,8 @@ class EDiffIPipeline:
         refuse_parts(cls.class_name, **parts)
         index = cascade.read_json(directory / "model_index.json")
         names, limits = index.get("stages"), index.get("max_tokens")
-        if not isinstance(names, list) or not names or not isinstance(limits, dict):
+        plain = isinstance(names, list) and all(re.fullmatch(r"[\w-]+", str(n)) for n in names)
+        if not plain or not names or not isinstance(limits, dict):
             raise CheckpointError("no stages or max_tokens", str(directory / "model_index.json"))
         stages = tuple(cascade.read_stage(directory / name, name, dtype) for name in names)
         encoders = cascade.read_encoders(directory, dtype)
