@@ -5,7 +5,6 @@ A run's directory: `config.json`, `metrics.jsonl`, TensorBoard events, `checkpoi
 """
 
 import contextlib
-import importlib
 import pathlib
 import shutil
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from cnxs_jax import checkpoint, precision, sharding
 from cnxs_jax import tree as trees
 from cnxs_jax.errors import ConfigError, Stopped
 from cnxs_jax.storage import write_json
-from train import optimizer, report, validate
+from train import branch, optimizer, report, validate
 from train.log import Progress, StopSignal, Writer
 from train.step import init_state, make_step
 from train.workdir import (
@@ -43,6 +42,10 @@ class Task(NamedTuple):
         encoders, frozen: parameters that do not change, for `encode` and for the objective.
         sample: `(ema, frozen, encoders) -> uint8 image`, or None.
         export: `(ema, frozen, encoders, path)` writes the result there, or None.
+        parent: a run's directory whose newest state (parameters, EMA, moments) this one starts
+            from, or None; see `train.branch`.
+        experts: None, or the number of experts that are trained side by side, as `train.branch`
+            says: state, `frozen` and what `export` gets have that leading axis.
     """
 
     objective: Callable
@@ -53,6 +56,8 @@ class Task(NamedTuple):
     frozen: Any = {}
     sample: Callable | None = None
     export: Callable | None = None
+    parent: str | None = None
+    experts: int | None = None
 
 
 def main(config, workdir, resume=False):
@@ -87,12 +92,13 @@ def main(config, workdir, resume=False):
                 run(run_config, path, root, resume)
             if lead:
                 report.write(expand(run_config, root), path)
+        if config.get("finish") and lead:
+            report.finish(expand(config, root), root, again=not all(finished))
 
 
 def build_task(config):
     """The Task of `config.task`, "module:function"."""
-    module, _, function = config.task.partition(":")
-    return getattr(importlib.import_module(module), function)(config)
+    return validate.function_of(config.task)(config)
 
 
 def run(config, workdir, root, resume=False):
@@ -142,14 +148,21 @@ class Fit:
         tx = optimizer.make_optimizer(config.optimizer, config.steps)
         self.make, self.arguments = self.initial(task.params, tx, key_init)
         shapes = jax.eval_shape(self.make, *self.arguments)
+        self.one = sharding.abstract(shapes, sharding.shardings(shapes, mesh, self.rules))
         # What is placed is not kept a second time where the task made it.
         self.task = task._replace(params=None, frozen=None, encoders=None)
-        self.placed = sharding.shardings(shapes, mesh, self.rules)
-        self.abstract = sharding.abstract(shapes, self.placed)
+        self.abstract = branch.stacked(self.one, task.experts) if task.experts else self.one
+        self.placed = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
         step = make_step(
             task.objective, tx, config.ema_decay, config.grad_accum, config.get("ema_warmup", False)
         )
-        whole = sharding.replicated(mesh)
+        whole, self.summary = sharding.replicated(mesh), lambda metrics: metrics
+        if task.experts:
+            parts = task.experts * sharding.batch_parts(mesh)
+            validate.check_division(config.batch_size, config.grad_accum, parts, "config")
+            step = branch.side_by_side(step, task.experts, mesh)
+            self.summary = jax.jit(branch.summary, out_shardings=whole)
+            whole = branch.apart(mesh)
         self.step = jax.jit(step, donate_argnums=0, out_shardings=(self.placed, whole))
         self.encode = jax.jit(task.encode)
         self.state, self.precision = None, None
@@ -180,7 +193,7 @@ class Fit:
         if stored is None:
             self.precision = precision.resolve(self.config.get("matmul_precision"))
             with precision.matmul(self.precision):
-                self.state = jax.jit(self.make, out_shardings=self.placed)(*self.arguments)
+                self.state = self.fresh()
             self.arguments = None
             return 0
         self.state, data, meta = stored
@@ -188,7 +201,7 @@ class Fit:
         wanted = self.config.get("matmul_precision")
         self.precision = precision.resolve(meta.get("matmul_precision", wanted))
         self.task.loader.set_state(data)
-        step = int(self.state.step)
+        step = int(np.max(self.state.step))
         if step > self.config.steps:
             raise ConfigError(
                 f"the newest checkpoint is of step {step}, more than steps {self.config.steps}",
@@ -197,6 +210,16 @@ class Fit:
             )
         print(f"resumed at step {step}", flush=True)
         return step
+
+    def fresh(self):
+        """The first state: initialised, or the parent's; copied where experts are stacked."""
+        if self.task.parent:
+            make, arguments = branch.restarted, (branch.parent_state(self.task.parent, self.one),)
+        else:
+            make, arguments = self.make, self.arguments
+        if self.task.experts:
+            make = branch.copies(make, self.task.experts)
+        return jax.jit(make, out_shardings=self.placed)(*arguments)
 
     def batch(self, step):
         """The encoded batch of `step`."""
@@ -222,7 +245,7 @@ class Fit:
             for step in range(start + 1, config.steps + 1):
                 batch = self.batch(step - 1)
                 self.state, metrics = self.step(self.state, self.frozen, batch, self.key_step)
-                progress.push(step, metrics)
+                progress.push(step, self.summary(metrics))
                 stopping = stop.requested(step)
                 if stopping or step % config.save_every == 0 or step == config.steps:
                     progress.flush()  # a bad step raises here and is not saved

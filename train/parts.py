@@ -40,7 +40,9 @@ def fields(module):
     own = [f for f in dataclasses.fields(module) if f.name not in apart]
     table = {}
     for field in own:
-        kind = validate.integers() if isinstance(field.default, tuple) else None
+        kind = None
+        if isinstance(field.default, tuple):
+            kind = validate.booleans if isinstance(field.default[0], bool) else validate.integers()
         table[field.name] = validate.Optional(
             kind or kinds.get(type(field.default), validate.anything)
         )

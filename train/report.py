@@ -7,6 +7,7 @@ come from `python -m eval --config=... --workdir=...`.
 import json
 
 from cnxs_jax.errors import ConfigError
+from train import validate
 
 
 def check(config):
@@ -47,6 +48,16 @@ def write(config, workdir):
     return run.main(
         config, workdir, out=workdir, summary=summary, redraw=True, alone=True, **options
     )
+
+
+def finish(config, root, again):
+    """Calls `config.finish.task`, "module:function", which joins the stages: `(config, root)`.
+
+    Args:
+        again: whether a stage went on since; what was joined before is kept otherwise.
+    """
+    if again or not (root / "report.md").is_file():
+        validate.function_of(config.finish.task)(config, root)
 
 
 def costs(config, workdir):

@@ -134,6 +134,14 @@ def integers(length=None, low=1):
     return check
 
 
+def booleans(value, where):
+    """A tuple of True and False."""
+    if not sequence(value):
+        raise ConfigError(f"{value!r} is not a tuple of True and False", where)
+    for item in value:
+        boolean(item, where)
+
+
 def numbers(length):
     """A tuple of numbers."""
 
@@ -213,9 +221,27 @@ def check(config):
         raise ConfigError(f"config.stages names {missing or 'nothing'}", "config.stages")
     known = {name: anything for name in stages}
     table = {"stages": anything, "report": Optional(anything), "resume": Optional(boolean)}
-    check_table(values, {**table, **known}, "config")
+    check_table(values, {**table, **known, "finish": Optional(finish)}, "config")
     for name in stages:
         check_stage(values[name], f"config.{name}")
+    if values.get("finish"):
+        _, plan_conflicts = task_tables(values["finish"]["task"], "config.finish.task")
+        if plan_conflicts is not None:
+            plan_conflicts(values, "config")
+
+
+def finish(value, where):
+    """A table with "task" ("module:function") and the keys that this function reads."""
+    if not isinstance(value, dict) or not isinstance(value.get("task"), str):
+        raise ConfigError(f"{value!r} is not {{'task': 'module:function', ...}}", where)
+    extra, _ = task_tables(value["task"], f"{where}.task")
+    check_table(value, {"task": text, **extra}, where)
+
+
+def function_of(task):
+    """The function that "module:function" names."""
+    module, _, function = task.partition(":")
+    return getattr(importlib.import_module(module), function)
 
 
 def check_stage(values, where):

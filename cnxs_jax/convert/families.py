@@ -149,6 +149,14 @@ def clip_vision_extras(module):
     return {"model_type": "clip_vision_model"}
 
 
+def pixel_unet_example(module):
+    # 2 to the number of levels: an efficient stage halves once a level.
+    side, low = 2 ** len(module.block_out_channels), {}
+    if module.low_res_channels:
+        low = {"low_res": jnp.zeros((1, 1, 1, module.low_res_channels))}
+    return jnp.zeros((1, side, side, module.in_channels)), jnp.zeros((1,)), low
+
+
 FAMILIES = (
     Family(
         ("PixArtTransformer2DModel", "Transformer2DModel"),
@@ -247,6 +255,14 @@ FAMILIES = (
         supported={"model_type": ("clip_vision_model",)},
         extras=clip_vision_extras,
         stem="model",
+    ),
+    Family(
+        ("PixelUNet",),  # this library's own layout: nobody else has eDiff-I's networks
+        "cnxs_jax.models.pixel_unet:PixelUNet",
+        Table(),
+        pixel_unet_example,
+        supported={},
+        extras=lambda module: {},
     ),
 )
 

@@ -164,6 +164,30 @@ class LogNormal:
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """Another distribution over the same noise levels: intervals of `levels`, each so often.
+
+    What experts with unequal shares of the batches see together, for one model to train on.
+
+    Attributes:
+        levels: a `LogNormal`.
+        intervals: `Interval`s.
+        shares: how often each is drawn, in any unit.
+    """
+
+    levels: LogNormal
+    intervals: tuple
+    shares: tuple
+
+    def draw(self, key, low=0.0, high=1.0):
+        """One noise level; the limits belong to `intervals` and are not read."""
+        which, within = jax.random.split(key)
+        edges = jnp.array([(i.low, i.high) for i in self.intervals], jnp.float32)
+        chosen = jax.random.categorical(which, jnp.log(jnp.array(self.shares, jnp.float32)))
+        return self.levels.draw(within, *edges[chosen])
+
+
+@dataclass(frozen=True)
 class Times:
     """Integer training times `0 .. num_steps - 1` of a discrete schedule.
 

@@ -59,13 +59,51 @@ def cfg(denoise):
     return Guided(denoise)
 
 
+@dataclass(frozen=True)
+class Styled:
+    """Guidance to a text and, with a weight of its own, to a reference image's style.
+
+    `u + scale (c - u) + style_scale (s - c)`: u sees nothing, c the text, s text and style (as
+    InstructPix2Pix weighs its two conditions, arXiv 2211.09800, equation 3); three evaluations in
+    one batch. `cond` is that of s; `cond["unstyled"]` holds the keys that differ for c, `null`
+    those that differ further for u; `style_scale [B]`. Without `unstyled` it is `Guided`.
+    """
+
+    denoise: Any
+
+    def __call__(self, params, x, t, cond):
+        """Guided prediction, float32 `[B, H, W, C]`."""
+        if "unstyled" not in cond:
+            return Guided(self.denoise)(params, x, t, cond)
+        own = ("null", "guidance_scale", "unstyled", "style_scale")
+        inner = {k: v for k, v in cond.items() if k not in own}
+        if "null" not in cond:  # a row without guidance
+            return self.denoise(params, x, t, inner)
+        for name in ("guidance_scale", "style_scale"):
+            _check(cond, name)
+        _known(inner, cond["unstyled"], "unstyled")
+        halves = pair({**inner, **cond["unstyled"]}, cond["null"])
+        three = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), inner, halves)
+        out = self.denoise(params, jnp.tile(x, (3, 1, 1, 1)), jnp.tile(t, 3), three)
+        styled, text, nothing = jnp.split(mean_channels(out, x), 3)
+        scale, weight = (
+            expand(cond[name].astype(jnp.float32), x) for name in ("guidance_scale", "style_scale")
+        )
+        return nothing + scale * (text - nothing) + weight * (styled - text)
+
+    def prepare(self, params, cond):
+        """As `Guided`; three evaluations are not prepared."""
+        return cond if "unstyled" in cond else Guided(self.denoise).prepare(params, cond)
+
+
+def styled(denoise):
+    """Guidance to text and style around `denoise`; see `Styled`."""
+    return Styled(denoise)
+
+
 def pair(cond, null):
     """`[2B, ...]`: the conditional batch, then the same with the keys of `null` replaced."""
-    unknown = sorted(set(null) - set(cond))
-    if unknown:
-        raise ConfigError(
-            f"null has keys that the condition lacks: {', '.join(unknown)}", 'cond["null"]'
-        )
+    _known(cond, null, "null")
     other = {**cond, **null}
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), dict(cond), other)
 
@@ -96,10 +134,18 @@ def dynamic_threshold(ratio=0.995, max_value=float("inf")):
     return post
 
 
-def _check(cond):
-    if "guidance_scale" not in cond:
+def _known(cond, changes, name):
+    unknown = sorted(set(changes) - set(cond))
+    if unknown:
         raise ConfigError(
-            "guidance needs a scale per image", 'cond["guidance_scale"]', "give an array [B]"
+            f"{name} has keys that the condition lacks: {', '.join(unknown)}", f'cond["{name}"]'
+        )
+
+
+def _check(cond, name="guidance_scale"):
+    if name not in cond:
+        raise ConfigError(
+            "guidance needs a scale per image", f'cond["{name}"]', "give an array [B]"
         )
 
 

@@ -4,6 +4,7 @@ Call `sample` inside `jax.jit` with the table as an argument: the table's number
 and changing them does not compile again.
 """
 
+import functools
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -70,13 +71,9 @@ def sample(denoise, params, x, cond, table, key=None, noise=None, post=None):
         ConfigError: noise is needed and neither key nor noise is given, `noise` has the wrong
             shape, or a tuple has fewer entries than the table has experts.
     """
-    x = x.astype(jnp.float32) * jnp.asarray(table.init_scale, jnp.float32)
     _check_experts(table, denoise=denoise, params=params, cond=cond)
-    columns = {name: jnp.asarray(getattr(table, name), jnp.float32) for name in COLUMNS}
-    columns |= _noise_source(table, x, key, noise)
-    keys = _image_keys(key, x.shape[0]) if noise is None and table.stochastic else None
+    carry, columns, keys = _start(x, table, key, noise)
     prepared = {}
-    carry = (x, (jnp.zeros_like(x),) * (columns["b"].shape[1] - 1))
     for (expert, guided), low, high in _segments(table, cond):
         network, tree, own_cond = (_of(expert, v) for v in (denoise, params, cond))
         if (expert, guided) not in prepared:
@@ -86,6 +83,53 @@ def sample(denoise, params, x, cond, table, key=None, noise=None, post=None):
         rows = {name: column[low:high] for name, column in columns.items()}
         carry, _ = jax.lax.scan(row, carry, rows)
     return carry[0]
+
+
+def sample_from_host(
+    denoise, params, x, cond, table, key=None, noise=None, post=None, load=jax.device_put
+):
+    """`sample` with experts that lie in host memory: one of them on the device at a time.
+
+    A Python loop over one compiled row, which equal modules share; not to be called inside a jit.
+    Arguments, result and errors are those of `sample`, and besides:
+
+    Args:
+        params: a tree of host arrays, or a tuple of them, one an expert.
+        post: compiled again for every new function: make it once.
+        load: `tree -> tree on the device`, called once a segment.
+    """
+    _check_experts(table, denoise=denoise, params=params, cond=cond)
+    carry, columns, keys = _start(x, table, key, noise)
+    for (expert, guided), low, high in _segments(table, cond):
+        network, own_cond = _of(expert, denoise), _of(expert, cond)
+        tree = load(_of(expert, params))
+        prepared = _prepare_once(network, tree, own_cond if guided else _without_null(own_cond))
+        for i in range(low, high):
+            row = {name: column[i] for name, column in columns.items()}
+            carry = _one_row(network, post, tree, carry, prepared, row, keys)
+        del tree  # before the next expert comes, or there would be two
+        carry = jax.block_until_ready(carry)
+    return carry[0]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _one_row(denoise, post, params, carry, cond, row, keys):
+    return _row(denoise, params, cond, keys, post)(carry, row)[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _prepare_once(denoise, params, cond):
+    return prepare(denoise, params, cond)
+
+
+def _start(x, table, key, noise):
+    """`((x, history), columns, keys)` before the first row."""
+    x = x.astype(jnp.float32) * jnp.asarray(table.init_scale, jnp.float32)
+    columns = {name: jnp.asarray(getattr(table, name), jnp.float32) for name in COLUMNS}
+    columns |= _noise_source(table, x, key, noise)
+    keys = _image_keys(key, x.shape[0]) if noise is None and table.stochastic else None
+    history = tuple(jnp.zeros_like(x) for _ in range(columns["b"].shape[1] - 1))
+    return (x, history), columns, keys
 
 
 def _row(denoise, params, cond, keys, post):

@@ -144,7 +144,7 @@ class PixelUNet(nn.Module):
         cross_attention_dim: width of the context.
         num_null_tokens: learnable tokens that are always there; 3 is one for each encoder.
         clip_image_as: "token" of the context, or added to the "time" embedding.
-        low_res_channels: 0 for the base model.
+        low_res_channels: None for the base model.
         time_scale: factor on c_noise and on low_res_noise before the sinusoid.
 
     Raises:
@@ -167,7 +167,7 @@ class PixelUNet(nn.Module):
     pooled_dim: int = 768
     num_null_tokens: int = 1
     clip_image_as: str = "token"
-    low_res_channels: int = 0
+    low_res_channels: int | None = None
     norm_num_groups: int = 32
     time_scale: float = 1000.0
     dtype: jnp.dtype = jnp.float32

@@ -16,6 +16,7 @@ from cnxs_jax.pipelines import offload as offloading
 from cnxs_jax.pipelines import scheduler as schedulers
 from cnxs_jax.pipelines.base import Component, Pipeline
 from cnxs_jax.pipelines.control import open_controllers
+from cnxs_jax.pipelines.ediffi import EDiffIPipeline
 from cnxs_jax.pipelines.load import load_null_caption, place, read_model, save_model
 from cnxs_jax.pipelines.pixart import PixArtAlphaPipeline
 from cnxs_jax.pipelines.request import refuse_parts
@@ -27,14 +28,10 @@ from cnxs_jax.storage import write_json
 
 __all__ = ["FAMILIES", "load_pipeline", "save_pipeline"]
 
-FAMILIES = {
-    family.class_name: family
-    for family in (PixArtAlphaPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline)
-}
+DIFFUSERS = (PixArtAlphaPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline)
+FAMILIES = {family.class_name: family for family in (*DIFFUSERS, EDiffIPipeline)}
 # {class of a pipeline with a controller: (family, whose computation it follows)}
-CONTROLLED = {
-    name: (f, compat) for f in FAMILIES.values() for name, compat in f.controlled.values()
-}
+CONTROLLED = {name: (f, compat) for f in DIFFUSERS for name, compat in f.controlled.values()}
 CONTROL = "controlnet"  # the controller's directory
 COMPAT = "_control_compat"  # diffusers reads no names that begin with an underscore
 INDEX = "model_index.json"
@@ -83,6 +80,10 @@ def load_pipeline(
     directory = _directory(path)
     index = schedulers.read_json(directory / INDEX)
     family, compat = _family(index, directory)
+    if hasattr(family, "read"):  # a layout of its own
+        parts = {"control": control, "lora": lora, "experts": experts, "scheduler": scheduler}
+        parts |= {"mesh": mesh, "offload": offload, "quantize": quantize}
+        return family.read(directory, compute, **parts)
     refuse_parts(family.class_name, lora=lora, experts=experts)
     config = schedulers.read(directory)
     if "_class_name" not in config:
@@ -149,6 +150,8 @@ def save_pipeline(pipe, path, dtype=None):
 
 def _write(pipe, directory, dtype):
     directory.mkdir()
+    if hasattr(pipe, "write"):  # a layout of its own
+        return pipe.write(directory, dtype)
     index = {"_class_name": pipe.class_name, "_diffusers_version": DIFFUSERS_VERSION}
     index |= {name: pipe.option(name) for name in pipe.default_options}
     if pipe.controllers:

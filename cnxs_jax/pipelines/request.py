@@ -109,13 +109,13 @@ def refuse_unused(arguments, defaults, why):
 
 
 def refuse_parts(class_name, **parts):
-    """Raises ConfigError for a LoRA or expert that a family cannot take."""
+    """Raises ConfigError for a part that a family cannot take."""
     for name, part in parts.items():
         if part is not None:
             raise ConfigError(
                 f"{class_name} takes no `{name}` in this version",
                 name,
-                "it supports `control`, `scheduler`, `dtype` and `mesh`",
+                "leave it out",
             )
 
 

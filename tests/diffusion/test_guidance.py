@@ -55,6 +55,40 @@ def test_mistakes_are_refused():
         guidance.cfg(network)({}, X, T, COND | {"null": {"shfit": X}})
 
 
+STYLED = {
+    **COND,
+    "style": jnp.ones(3),
+    "unstyled": {"style": jnp.zeros(3)},
+    "style_scale": jnp.array([0.0, 1.0, 2.0]),
+}
+
+
+def with_style(params, x, t, cond):
+    return network(params, x, t, cond) + 10.0 * cond["style"][:, None, None, None]
+
+
+def test_style_has_a_weight_of_its_own():
+    """u + w (c - u) + v (s - c): text alone decides the second term, style alone the third."""
+    out = guidance.styled(with_style)({}, X, T, STYLED)
+    assert out.shape == X.shape
+    want = np.array([0.5, 2.0, 10.5]) + 10.0 * np.array([0.0, 1.0, 2.0])
+    np.testing.assert_allclose((out - 0.1 * X)[:, 0, 0, 0], want, rtol=1e-5)
+
+
+def test_without_a_style_weight_it_is_plain_guidance_and_without_null_no_guidance():
+    one = {k: v for k, v in STYLED.items() if k not in ("unstyled", "style_scale")}
+    want = guidance.cfg(with_style)({}, X, T, one)
+    np.testing.assert_array_equal(guidance.styled(with_style)({}, X, T, one), want)
+    row = {k: v for k, v in STYLED.items() if k != "null"}
+    plain = {"shift": STYLED["shift"], "style": STYLED["style"]}
+    out = guidance.styled(with_style)({}, X, T, row)
+    np.testing.assert_array_equal(out, with_style({}, X, T, plain))
+    with pytest.raises(ConfigError, match="style_scale"):
+        guidance.styled(with_style)({}, X, T, one | {"unstyled": STYLED["unstyled"]})
+    with pytest.raises(ConfigError, match="unstyled has keys"):
+        guidance.styled(with_style)({}, X, T, STYLED | {"unstyled": {"stile": X}})
+
+
 @pytest.mark.parametrize("guess", [False, True])
 def test_prepared_and_unprepared_agree_and_control_is_scaled_in_both_halves(guess):
     """Guess mode gives the unconditional half no control: `null` overrides its scale."""

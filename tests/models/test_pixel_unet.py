@@ -8,6 +8,7 @@ import pytest
 from cnxs_jax import tree
 from cnxs_jax.errors import ConfigError
 from cnxs_jax.models.pixel_unet import Context, PixelUNet
+from cnxs_jax.pipelines import load
 
 BASE = {
     "block_out_channels": (8, 16),
@@ -209,6 +210,15 @@ def test_super_resolution_attends_only_where_it_is_told():
     assert [n for n in names(STAGE, X, LOW) if "attn2" in n]
     assert [n for n in names(BASE, X, COND) if "mid_block_attentions_0/attn1" in n]
     assert not [n for n in names(BASE, X, COND) if "down_blocks_0_attentions" in n]
+
+
+@pytest.mark.parametrize(("fields", "cond"), [(BASE, COND), (STAGE, LOW)])
+def test_it_is_stored_and_opened(fields, cond, tmp_path):
+    module, params = PixelUNet(**fields), noisy_params(fields, cond)
+    load.save_model(module, params, tmp_path)
+    again, other = load.load_model(tmp_path)
+    assert again == module
+    jax.tree.map(np.testing.assert_array_equal, other, params)
 
 
 @pytest.mark.parametrize(

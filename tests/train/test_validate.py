@@ -8,8 +8,10 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
+import configs.ediffi
 import configs.pixart
 import configs.pixart_lcm
+import configs.scene_clip
 from cnxs_jax.errors import ConfigError
 from tests.train import toy
 from train import validate
@@ -17,6 +19,7 @@ from train import validate
 # (recipe, key, value, a word of the message)
 TEACHER, VAE, LCM, TOY = "teacher", "vae", "lcm", "toy"
 NAN, INF = float("nan"), float("inf")
+RECIPES = (configs.pixart, configs.pixart_lcm, configs.ediffi, configs.scene_clip)
 REPORT = {"num_prompts": 4, "num_real": 4, "steps": (1, 2), "reference_steps": 5}
 BAD = [
     (TOY, "steps", 0, "steps"),
@@ -169,14 +172,14 @@ def test_missing_keys_are_named(key):
 
 
 def test_every_recipe_and_variant_is_valid():
-    for module in (configs.pixart, configs.pixart_lcm):
+    for module in RECIPES:
         for variant in module.VARIANTS:
             validate.check(module.get_config(variant))
     validate.check(toy.config())
 
 
 def test_unknown_variant_is_named():
-    for module in (configs.pixart, configs.pixart_lcm):
+    for module in RECIPES:
         with pytest.raises(ValueError, match="tiny"):
             module.get_config("tny")
 
@@ -200,7 +203,7 @@ def test_stages_must_exist():
 
 
 def test_configs_import_ml_collections_only():
-    for module in (configs.pixart, configs.pixart_lcm):
+    for module in RECIPES:
         text = pathlib.Path(module.__file__).read_text()
         imports = [line for line in text.splitlines() if line.startswith(("import", "from"))]
         assert all(line.startswith("from ml_collections import ") for line in imports), imports

@@ -18,6 +18,8 @@ KEYS = {
             "bad_step": validate.integer(-1),
             "reads": validate.Optional(validate.text),
             "export_seconds": validate.Optional(validate.number(0)),
+            "parent": validate.Optional(validate.text),
+            "experts": validate.Optional(validate.integer(1)),
         }
     }
 }
@@ -90,6 +92,8 @@ def build(config):
         loader=Loader(config.batch_size, config.toy.bad_step),
         encode=encode,
         export=export,
+        parent=config.toy.get("parent"),
+        experts=config.toy.get("experts"),
     )
 
 

@@ -1,0 +1,174 @@
+"""The stages of eDiff-I's cascade, which `ediffi.py` joins: how one is sampled and stored."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+
+from cnxs_jax.data import text as texts_to_tokens
+from cnxs_jax.diffusion import edm, expert_tree, guidance, sampling, schedule, solvers
+from cnxs_jax.diffusion.expert_tree import Interval, LogNormal
+from cnxs_jax.errors import CheckpointError, ConfigError, did_you_mean
+from cnxs_jax.models.conditioning import Encoders
+from cnxs_jax.pipelines.base import Component
+from cnxs_jax.pipelines.load import load_model, save_model
+from cnxs_jax.storage import write_json
+
+SOLVERS = ("deis", "ab", "dpmpp", "euler")
+# encoder -> (directory of its network, directory of its tokenizer)
+FILES = {
+    "text": ("text_encoder", "tokenizer"),
+    "clip_text": ("clip_text_encoder", "clip_tokenizer"),
+    "clip_image": ("clip_image_encoder", None),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """How a stage is sampled: the EDM grid (Karras et al. 2022, eq. 5), a solver and guidance.
+
+    Attributes:
+        solver, steps, order: of `diffusion.solvers`; order None is the solver's own.
+        sigma_min, sigma_max, rho: of the grid.
+        guidance_scale: w of eps_u + w (eps_c - eps_u); off if w <= 1.
+        threshold: quantile of the dynamic threshold on x0; None clips x0 to [-1, 1].
+        noise_level: noise put into the low-resolution picture; None for the base.
+    """
+
+    solver: str = "deis"
+    steps: int = 25
+    order: int | None = None
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+    guidance_scale: float = 5.0
+    threshold: float | None = 0.995
+    noise_level: float | None = None
+
+    def table(self, steps=None):
+        """The solver's table, made on the host; raises ConfigError for an unknown solver."""
+        if self.solver not in SOLVERS:
+            raise ConfigError(
+                f"unknown solver {self.solver!r}.{did_you_mean(self.solver, SOLVERS)}",
+                "sampler.solver",
+                f"use one of {', '.join(SOLVERS)}",
+            )
+        grid = schedule.edm(self.sigma_min, self.sigma_max, self.rho)
+        options = {} if self.order is None else {"order": self.order}
+        return getattr(solvers, self.solver)(grid, steps or self.steps, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One resolution of the cascade.
+
+    Attributes:
+        name: its directory.
+        size: side of the square picture, pixels.
+        experts: `Component`s, lowest noise first.
+        intervals: their quantiles of `levels`, the training noise distribution.
+    """
+
+    name: str
+    size: int
+    experts: tuple
+    intervals: tuple = (expert_tree.WHOLE,)
+    levels: LogNormal = LogNormal()
+    sampler: Sampler = Sampler()
+    sigma_data: float = edm.SIGMA_DATA
+
+    def draw(self, noise, cond, steps=None):
+        """Pictures [B,H,W,3] around [-1, 1] from standard normal `noise` of that shape."""
+        table = expert_tree.route(self.sampler.table(steps), self.intervals, self.levels)
+        modules, params = zip(*self.experts, strict=True)
+        return draw_stage(
+            modules, params, noise, cond, table, self.sigma_data, self.sampler.threshold
+        )
+
+    def settings(self):
+        """What `stage.json` holds."""
+        return {
+            "size": self.size,
+            "sigma_data": self.sigma_data,
+            "levels": {k: getattr(self.levels, k) for k in ("mean", "std", "scale")},
+            "experts": [{"low": i.low, "high": i.high, "name": i.name} for i in self.intervals],
+            "sampler": dataclasses.asdict(self.sampler),
+        }
+
+
+@functools.partial(jax.jit, static_argnames=("modules", "sigma_data", "threshold"))
+def draw_stage(modules, params, noise, cond, table, sigma_data, threshold):
+    """One compiled program a stage: a scan a segment of rows with the same expert."""
+    networks = tuple(
+        guidance.styled(edm.precondition(sampling.denoiser(module), sigma_data))
+        for module in modules
+    )
+    if len(networks) == 1:
+        networks, params = networks[0], params[0]
+    post = clipped if threshold is None else guidance.dynamic_threshold(threshold)
+    return sampling.sample(networks, params, noise, cond, table, post=post)
+
+
+def clipped(x0):
+    """Pictures lie in [-1, 1]."""
+    return jnp.clip(x0, -1.0, 1.0)
+
+
+def write_stage(stage, directory, dtype=None):
+    """`stage.json` and one directory an expert."""
+    for i, expert in enumerate(stage.experts):
+        save_model(*expert, directory / f"expert_{i}", dtype)
+    write_json(directory / "stage.json", stage.settings())
+
+
+def write_encoders(encoders, params, tokenizers, directory, dtype=None):
+    """Networks and tokenizers of the encoders that are there."""
+    for name, (folder, tokens) in FILES.items():
+        if getattr(encoders, name) is None:
+            continue
+        save_model(getattr(encoders, name), params[name], directory / folder, dtype)
+        if tokens:
+            tokenizers[name].save_pretrained(directory / tokens)
+
+
+def read_json(path):
+    """A table of a JSON file; raises CheckpointError."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot be read: {error}", str(path)) from None
+    if not isinstance(found, dict):
+        raise CheckpointError("it is no table of names and values", str(path))
+    return found
+
+
+def read_stage(directory, name, dtype=None):
+    """The `Stage` of a directory."""
+    given = read_json(directory / "stage.json")
+    try:
+        intervals = tuple(Interval(e["low"], e["high"], e["name"]) for e in given["experts"])
+        levels, sampler = LogNormal(**given["levels"]), Sampler(**given["sampler"])
+        size, sigma_data = given["size"], given["sigma_data"]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"no settings of a stage: {error}", str(directory)) from None
+    sampler.table()
+    expert_tree.check_cover(intervals)
+    experts = tuple(
+        Component(*load_model(directory / f"expert_{i}", dtype=dtype))
+        for i in range(len(intervals))
+    )
+    return Stage(name, size, experts, intervals, levels, sampler, sigma_data)
+
+
+def read_encoders(directory, dtype=None):
+    """`(encoders, params, tokenizers)` of the encoders that a directory has."""
+    modules, params, tokenizers = {}, {}, {}
+    for name, (folder, tokens) in FILES.items():
+        if not (directory / folder).is_dir():
+            continue
+        modules[name], params[name] = load_model(directory / folder, dtype=dtype)
+        if tokens:
+            tokenizers[name] = texts_to_tokens.load_tokenizer(directory / tokens)
+    return Encoders(**modules), params, tokenizers

@@ -1,0 +1,298 @@
+"""eDiff-I's cascade (arXiv 2211.01324): a base stage and super-resolution stages, each of experts.
+
+No layout of it was ever published. `save_pipeline` writes, and `load_pipeline` reads:
+
+    model_index.json                    {"_class_name": "EDiffIPipeline", "stages": [name, ...]}
+    <stage>/stage.json                  sizes, noise distribution, sampler, the experts' quantiles
+    <stage>/expert_<i>/                 config.json and safetensors, lowest noise first
+    text_encoder/ tokenizer/            T5, as transformers has it
+    clip_text_encoder/ clip_image_encoder/ clip_tokenizer/      CLIP; any encoder may be missing
+"""
+
+import dataclasses
+import functools
+import math
+import numbers
+import re
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cnxs_jax.control import paint
+from cnxs_jax.data import text as texts_to_tokens
+from cnxs_jax.diffusion import edm
+from cnxs_jax.errors import CheckpointError, ConfigError
+from cnxs_jax.models.conditioning import Encoders, clip_pixels, dropped
+from cnxs_jax.pipelines import cascade
+from cnxs_jax.pipelines import images as pictures
+from cnxs_jax.pipelines import request as requests
+from cnxs_jax.pipelines.base import Result, draw
+from cnxs_jax.storage import write_json
+
+_ELSEWHERE = {
+    "image": None,
+    "controlnet_conditioning_scale": 1.0,
+    "control_guidance_start": 0.0,
+    "control_guidance_end": 1.0,
+}
+
+
+@functools.partial(jax.jit, static_argnames=("encoders",))
+def encode(encoders, params, inputs):
+    """The encoders' part of a condition."""
+    return encoders(params, inputs)
+
+
+@functools.partial(jax.jit, static_argnames=("number", "sizes"))
+def noises(keys_B, number, sizes):
+    """Standard normal pictures for stage `number`, of its size and of the low resolution's."""
+
+    def one(key):
+        pair = jax.random.split(jax.random.fold_in(key, number))
+        return [jax.random.normal(k, (side, side, 3)) for k, side in zip(pair, sizes, strict=True)]
+
+    return jax.vmap(one)(keys_B)
+
+
+@dataclasses.dataclass(frozen=True)
+class EDiffIPipeline:
+    """Text to image by a cascade of expert ensembles. `pipe(prompt, ...)` draws.
+
+    Attributes:
+        stages: `Stage`s, the base first.
+        encoders, encoder_params: `Encoders` and a tree for each of them.
+        tokenizers: {"text": ..., "clip_text": ...}, of the encoders that are there.
+        max_tokens: {encoder: tokens that a text is padded or cut to}.
+    """
+
+    stages: tuple
+    encoders: Encoders
+    encoder_params: dict
+    tokenizers: dict
+    max_tokens: dict
+
+    class_name: ClassVar[str] = "EDiffIPipeline"
+
+    def __call__(
+        self,
+        prompt,
+        negative_prompt=None,
+        image=None,
+        num_inference_steps=None,
+        guidance_scale=None,
+        controlnet_conditioning_scale=1.0,
+        control_guidance_start=0.0,
+        control_guidance_end=1.0,
+        word_masks=None,
+        style_image=None,
+        style_scale=None,
+        height=None,
+        width=None,
+        num_images_per_prompt=1,
+        seed=0,
+        latents=None,
+        output_type="pil",
+    ):
+        """Draws pictures of the last stage's size; arguments as in `pipelines.base.Pipeline`.
+
+        Args:
+            num_inference_steps, guidance_scale: of the base, or a list with one a stage; None is
+                the stage's own.
+            word_masks: {phrase: mask [h,w] or (mask, weight)}, one dict or one a prompt, painted
+                by the base (section 4.3); see `control.paint`.
+            style_image: a reference picture (PIL or [H,W,3]), or one a prompt (section 4.2).
+            style_scale: its own guidance weight v of eps_u + w (eps_c - eps_u) + v (eps_s - eps_c);
+                None guides to text and style together with w.
+            height, width: None or the last stage's size.
+            latents: standard normal noise [B,h,w,3] of the base.
+            output_type: "latent" gives float32 pictures in [-1, 1].
+
+        Raises:
+            ConfigError, NumericsError: as there.
+        """
+        given = locals()
+        requests.refuse_unused(
+            {name: given[name] for name in _ELSEWHERE}, _ELSEWHERE, "the cascade has no controller"
+        )
+        rows = [
+            requests.check(
+                prompt, negative_prompt, steps, scale, height, width, num_images_per_prompt, seed,
+                latents, output_type,
+            )
+            for steps, scale in zip(
+                self.per_stage(num_inference_steps, "steps", "num_inference_steps"),
+                self.per_stage(guidance_scale, "guidance_scale", "guidance_scale"),
+                strict=True,
+            )
+        ]  # fmt: skip
+        self.check_size(rows[0])
+        check_style(style_scale, style_image is not None and rows[0].guided)
+        cond, null = self.condition(rows[0], style_image)
+        base = self.painted(rows[0], word_masks)
+        noise, keys = draw(rows[0].seeds, rows[0].indices, (self.stages[0].size,) * 2 + (3,))
+        x = noise if latents is None else jnp.asarray(rows[0].latents)
+        for number, (stage, row) in enumerate(zip(self.stages, rows, strict=True)):
+            own, own_null = base if number == 0 else ({}, {})
+            whole = guided({**cond, **own}, {**null, **own_null}, row, style_scale)
+            if number:
+                start, noise = noises(keys, number, (stage.size, x.shape[1]))
+                whole, x = augmented(whole, x, noise, stage), start
+            x = stage.draw(x, whole, row.steps)
+        return self.result(x, rows, word_masks, style_scale)
+
+    def per_stage(self, value, field, name):
+        """One number a stage from an argument and the stages' own."""
+        own = [getattr(stage.sampler, field) for stage in self.stages]
+        if isinstance(value, list | tuple):
+            if len(value) != len(own):
+                raise ConfigError(f"{len(value)} values for {len(own)} stages", name)
+            return [mine if v is None else v for v, mine in zip(value, own, strict=True)]
+        return own if value is None else [value, *own[1:]]
+
+    def check_size(self, request):
+        """Raises ConfigError for another size, or noise of another shape."""
+        last, first = self.stages[-1].size, self.stages[0].size
+        for name in ("height", "width"):
+            if getattr(request, name) not in (None, last):
+                raise ConfigError(f"the cascade draws {last} px", name, "leave it out")
+        given = request.latents
+        if given is not None and given.shape[1:] != (first, first, 3):
+            raise ConfigError(
+                f"expected [{request.batch},{first},{first},3], got {list(given.shape)}", "latents"
+            )
+
+    def condition(self, request, style_image):
+        """`(cond, null)`, one row an image, of the texts and the reference pictures."""
+        inputs = self.tokens(request.prompts)
+        if style_image is not None:
+            inputs["clip_pixels"] = self.references(style_image, len(request.prompts))
+        cond = encode(self.encoders, self.encoder_params, inputs)
+        null = dropped(cond)
+        if request.negatives is not None:
+            null |= encode(self.encoders, self.encoder_params, self.tokens(request.negatives))
+        repeat = functools.partial(jnp.repeat, repeats=request.repeats, axis=0)
+        return jax.tree.map(repeat, (cond, null))
+
+    def tokens(self, texts):
+        """Ids and masks of a list of texts for each text encoder."""
+        found = {}
+        for name, prefix in (("text", ""), ("clip_text", "clip_")):
+            if name in self.tokenizers:
+                ids, mask = texts_to_tokens.tokenize(
+                    self.tokenizers[name], texts, self.max_tokens[name]
+                )
+                found |= {f"{prefix}input_ids": ids, f"{prefix}attention_mask": mask}
+        return found
+
+    def references(self, style_image, count):
+        """CLIP's input of one reference picture a prompt."""
+        if self.encoders.clip_image is None:
+            raise ConfigError("this cascade has no image encoder", "style_image")
+        several = isinstance(style_image, list | tuple)
+        given = list(style_image) if several else [style_image] * count
+        if len(given) != count:
+            raise ConfigError(f"{len(given)} pictures for {count} prompts", "style_image")
+        size = self.encoders.clip_image.image_size
+        arrays = [jnp.asarray(pictures.to_array(picture))[None] for picture in given]
+        return jnp.concatenate([clip_pixels(array, size) for array in arrays])
+
+    def painted(self, request, word_masks):
+        """`(keys of cond, keys of null)` of painted words; empty without masks."""
+        if word_masks is None:
+            return {}, {}
+        masks = [word_masks] * len(request.prompts) if isinstance(word_masks, dict) else word_masks
+        order = [n for n in ("text", "clip_text") if n in self.tokenizers]  # the context's
+        contexts = [(self.tokenizers[n], self.max_tokens[n]) for n in order]
+        side = (self.stages[0].size,) * 2
+        made = paint.word_condition(contexts, request.prompts, list(masks), side)
+        repeat = functools.partial(np.repeat, repeats=request.repeats, axis=0)
+        return jax.tree.map(lambda a: jnp.asarray(repeat(a)), made)
+
+    def result(self, x, rows, word_masks, style_scale):
+        """The Result of the last stage's pictures."""
+        out, request = np.asarray(x, np.float32), rows[0]
+        requests.check_finite(out, request)
+        parameters = [
+            {
+                "prompt": request.prompts[n // request.repeats],
+                "negative_prompt": request.negatives and request.negatives[n // request.repeats],
+                "seed": int(request.seeds[n]),
+                "index": int(request.indices[n]),
+                "steps": [row.steps for row in rows],
+                "guidance": [row.guidance for row in rows],
+                "style_scale": style_scale,
+                "word_masks": word_masks is not None,
+                "pipeline": self.class_name,
+            }
+            for n in range(request.batch)
+        ]
+        if request.output_type == "latent":
+            return Result(out, parameters)
+        out = np.clip(out * 0.5 + 0.5, 0.0, 1.0)
+        return Result(out if request.output_type == "np" else pictures.to_pil(out), parameters)
+
+    def write(self, directory, dtype=None):
+        """Writes the layout above into `directory`; `save_pipeline` calls it."""
+        index = {
+            "_class_name": self.class_name,
+            "stages": [stage.name for stage in self.stages],
+            "max_tokens": self.max_tokens,
+        }
+        write_json(directory / "model_index.json", index)
+        for stage in self.stages:
+            cascade.write_stage(stage, directory / stage.name, dtype)
+        cascade.write_encoders(
+            self.encoders, self.encoder_params, self.tokenizers, directory, dtype
+        )
+
+    @classmethod
+    def read(cls, directory, dtype=None, **parts):
+        """The pipeline in `directory`; `load_pipeline` calls it.
+
+        Raises:
+            ConfigError: parts that it does not take. CheckpointError: missing or damaged files.
+        """
+        requests.refuse_parts(cls.class_name, **parts)
+        index = cascade.read_json(directory / "model_index.json")
+        names, limits = index.get("stages"), index.get("max_tokens")
+        plain = isinstance(names, list) and all(re.fullmatch(r"[\w-]+", str(n)) for n in names)
+        if not plain or not names or not isinstance(limits, dict):
+            raise CheckpointError("no stages or max_tokens", str(directory / "model_index.json"))
+        stages = tuple(cascade.read_stage(directory / name, name, dtype) for name in names)
+        encoders = cascade.read_encoders(directory, dtype)
+        for stage in stages:
+            for expert in stage.experts:
+                encoders[0].check(expert.module, stage.name)
+        return cls(stages, *encoders, limits)
+
+
+def check_style(style_scale, usable):
+    """Raises ConfigError for a weight that is no number, or that nothing would be weighed by."""
+    if style_scale is None:
+        return
+    number = isinstance(style_scale, numbers.Real) and not isinstance(style_scale, bool)
+    if not number or not 0 <= style_scale < math.inf:
+        raise ConfigError(f"expected a number of 0 or more, got {style_scale!r}", "style_scale")
+    if not usable:
+        raise ConfigError("it needs a style_image and guidance_scale > 1", "style_scale")
+
+
+def guided(cond, null, request, style_scale):
+    """`cond` with what guidance reads, where the request asks for guidance."""
+    if not request.guided:
+        return cond
+    scale = jnp.full((request.batch,), request.guidance, jnp.float32)
+    cond = {**cond, "null": null, "guidance_scale": scale}
+    if style_scale is None:
+        return cond
+    unstyled = {"clip_image_mask": jnp.zeros_like(cond["clip_image_mask"])}
+    weight = jnp.full((request.batch,), style_scale, jnp.float32)
+    return {**cond, "unstyled": unstyled, "style_scale": weight}
+
+
+def augmented(cond, x, noise, stage):
+    """`cond` with the previous stage's pictures at the stage's noise-augmentation level."""
+    level = jnp.full(x.shape[:1], stage.sampler.noise_level or 0.0, jnp.float32)
+    return edm.augment_low_res({**cond, "low_res": jnp.clip(x, -1.0, 1.0)}, level, noise)

@@ -1,0 +1,217 @@
+"""eDiff-I's recipes: the whole plan at its smallest, its report, controls, the published sizes."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+import cnxs_jax
+import configs.ediffi
+from cnxs_jax import tree as trees
+from cnxs_jax.diffusion.expert_tree import LogNormal, Mixture, cover
+from cnxs_jax.errors import ConfigError
+from cnxs_jax.models.pixel_unet import PixelUNet
+from cnxs_jax.pipelines.base import Component
+from tests.train.test_recipes import train
+from train import ediffi_finish, loop, parts, tasks_ediffi, validate
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """Workdir of `configs/scene_clip.py:smoke`."""
+    return train("scene_clip.py:smoke", tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Workdir of `configs/ediffi.py:smoke`."""
+    return train("ediffi.py:smoke", tmp_path_factory.mktemp("ediffi"))
+
+
+def smoke(name, root, clip=None):
+    config = configs.ediffi.get_config("smoke")[name]
+    config.clip_path = None if clip is None else str(clip / "export")
+    return loop.expand(config, root)
+
+
+@pytest.mark.slow
+def test_the_clip_recipe_gives_what_the_cascade_reads(clip):
+    config = configs.ediffi.get_config("smoke").sr32
+    config.clip_path = str(clip / "export")
+    task = loop.build_task(loop.expand(config, clip))
+    batch = task.encode(task.encoders, next(task.loader), jax.random.key(0))
+    shapes = {k: v.shape for k, v in batch["cond"].items()}
+    assert batch["x"].shape == (8, 16, 16, 3)  # a crop of half the side
+    assert shapes["low_res"] == (8, 8, 8, 3)
+    assert shapes["text"] == (8, 24, 128)
+    assert shapes["clip_text"] == (8, 24, 16)
+    assert shapes["pooled"] == shapes["clip_image"] == (8, 16)
+    shapes = jax.eval_shape(task.params, jax.random.key(0))
+    assert {"text_proj", "clip_text_proj", "clip_image_proj"} <= set(shapes["context"])
+
+
+@pytest.mark.slow
+def test_the_plan_trains_every_stage_and_joins_them(run):
+    report = json.loads((run / "report.json").read_text())
+    assert set(report["losses"]) == {"base"}
+    found = report["losses"]["base"]
+    names = [row["expert"] for row in found["bins"]]
+    assert names == ["E[3,0]", "C[0.125,0.9375]", "C[0.125,0.9375]", "E[4,15]"]
+    edges = [row["quantiles"] for row in found["bins"]]
+    assert edges == [[0, 0.125], [0.125, 0.5], [0.5, 0.9375], [0.9375, 1]]
+    mass = np.array([b - a for a, b in edges])
+    losses = np.array([row["result"] for row in found["bins"]])
+    assert np.isfinite(losses).all()
+    assert found["total"]["result"] == pytest.approx(float(mass @ losses), rel=1e-6)
+    text = (run / "report.md").read_text()
+    assert "E[4,15]" in text
+    with Image.open(run / "pictures.png") as picture:
+        assert picture.size == (8 * 32, 32)
+
+
+@pytest.mark.slow
+def test_the_result_is_a_cascade_of_experts(run):
+    pipe = cnxs_jax.load_pipeline(run / "export")
+    assert [stage.size for stage in pipe.stages] == [16, 32]
+    assert [len(stage.experts) for stage in pipe.stages] == [3, 1]
+    first, _, last = (expert.params for expert in pipe.stages[0].experts)
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), first, last)
+    assert max(jax.tree.leaves(moved)) > 0
+    for name, expert in zip(configs.ediffi.EXPERTS, pipe.stages[0].experts, strict=True):
+        _, own = cnxs_jax.load_model(run / name / "export" / "expert_0")
+        jax.tree.map(np.testing.assert_array_equal, own, expert.params)
+
+
+@pytest.mark.slow
+def test_a_finished_plan_is_left_alone(run):
+    before = (run / "report.md").stat().st_mtime_ns, (run / "export").stat().st_mtime_ns
+    loop.main(configs.ediffi.get_config("smoke"), run, resume=True)
+    assert before == ((run / "report.md").stat().st_mtime_ns, (run / "export").stat().st_mtime_ns)
+
+
+@pytest.mark.slow
+def test_copies_of_the_parent_have_its_loss_in_every_interval(run):
+    """The same noises reach both: an ensemble that has not trained differs by nothing."""
+    config = loop.expand(configs.ediffi.get_config("smoke"), run)
+    entry = ediffi_finish.resolutions(config, run)[0]
+    parent = entry["parent"].experts[0]
+    copies = (Component(parent.module, jax.tree.map(jnp.array, parent.params)),) * 3
+    same = {**entry, "result": entry["result"].__class__(
+        "base", 16, copies, entry["result"].intervals
+    )}  # fmt: skip
+    found = ediffi_finish.compared(config, same)
+    assert [row["ratio"] for row in found["bins"]] == [1.0] * 4
+    trained = ediffi_finish.compared(config, entry)
+    assert any(row["ratio"] != 1.0 for row in trained["bins"])
+
+
+def test_pictures_shrink_by_means_and_crops_of_both_sizes_agree():
+    rng = np.random.default_rng(0)
+    pictures = jnp.asarray(rng.normal(size=(5, 16, 16, 3)), jnp.float32)
+    low = tasks_ediffi.shrunk(pictures, 8)
+    np.testing.assert_allclose(low[1, 2, 3], pictures[1, 4:6, 6:8].mean((0, 1)), rtol=1e-5)
+    large, small = tasks_ediffi.cropped(pictures, low, 8, jax.random.key(1))
+    assert large.shape == (5, 8, 8, 3)
+    np.testing.assert_allclose(tasks_ediffi.shrunk(large, 4), small, rtol=1e-5, atol=1e-6)
+    places = {str(np.argwhere(np.isclose(low[i], small[i, 0, 0]).all(-1))) for i in range(5)}
+    assert len(places) > 1  # not always the same corner
+
+
+def test_a_mixture_draws_its_intervals_at_their_shares():
+    levels, intervals = LogNormal(), cover(configs.ediffi.TINY_TREE)
+    mixture = Mixture(levels, intervals, configs.ediffi.SHARES)
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    quantile = levels.quantile(jax.vmap(mixture.draw)(keys))
+    got = [np.mean((quantile >= i.low) & (quantile < i.high)) for i in intervals]
+    np.testing.assert_allclose(got, [0.25, 0.5, 0.25], atol=0.015)
+    middle = quantile[(quantile >= 0.125) & (quantile < 0.9375)]
+    assert np.mean(middle < 0.53125) == pytest.approx(0.5, abs=0.02)  # the parent's own density
+
+
+def test_controls_and_experts_side_by_side_are_one_key_away(tmp_path):
+    """`mix` is one model; a tree without `expert` is as many experts as it has."""
+    for name, experts in (("mixed", None), ("parallel", 3), ("updates", None)):
+        config = configs.ediffi.get_config(name)
+        stage = config[config.stages[-1]]
+        stage.clip_path = None
+        task = loop.build_task(loop.expand(stage, tmp_path))
+        assert task.experts == experts
+        assert task.frozen["interval"].shape == ((3, 2) if experts else (2,))
+        assert task.parent == str(tmp_path / "shared")
+        assert (task.sample is None) == (experts is not None)
+
+
+def test_arms_see_as_many_samples():
+    def samples(variant):
+        config = configs.ediffi.get_config(variant)
+        return sum(config[n].steps * config[n].batch_size for n in config.stages)
+
+    assert samples("tiny") == samples("shared") == samples("updates") == samples("mixed")
+
+
+def test_the_published_sizes_can_be_built():
+    """About 1.07 B, 300 M and 170 M parameters, themselves second hand."""
+    config = configs.ediffi.get_config("paper")
+    counts = {}
+    for name in ("shared", "sr256", "sr1024"):
+        stage = config[name]
+        unet = parts.make(PixelUNet, stage.unet)
+        side = stage.crop or stage.size
+        cond = {"text": jnp.zeros((1, 113, 4096))}
+        if stage.low_res_size:
+            cond["low_res"] = jnp.zeros((1, 64, 64, 3))
+        x = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+        shapes = jax.eval_shape(unet.init, jax.random.key(0), x, jnp.zeros(1), cond)["params"]
+        counts[name] = trees.size(shapes) / 1e6
+        own = [path for path in trees.flatten(shapes) if "/attn1/" in path]
+        assert bool(own) == (name != "sr1024")  # no self-attention at 1024 px
+    print(counts)
+    assert 500 < counts["shared"] < 1200
+    assert 200 < counts["sr256"] < 600
+    assert 100 < counts["sr1024"] < 300
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("shared", {"size": 24}, "each must divide"),
+        ("shared", {"crop": 8}, "only super-resolution"),
+        ("sr32", {"crop": 15}, "do not cover whole pixels"),
+        ("sr32", {"low_res_size": None, "crop": None}, "belong together"),
+        ("low", {"expert": 3}, "expert 3 of 3"),
+        ("low", {"ema_warmup": True}, "would forget the average"),
+        ("low", {"tree": ((1, 1), (2, 3))}, "overlap"),
+        ("low", {"expert": None, "mix": (1, 2)}, "2 shares for 3 experts"),
+    ],
+)
+def test_bad_stages_are_named(name, change, message):
+    config = configs.ediffi.get_config("smoke")[name]
+    values = config.to_dict() | change
+    with pytest.raises(ConfigError, match=message):
+        validate.check_stage(values, "config")
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        (("shared", "low", "high", "sr32"), r"train the experts \[0, 2\]"),
+        (("shared", "low", "low", "middle", "high"), r"\[0, 0, 1, 2\]"),
+    ],
+)
+def test_a_plan_must_train_each_expert_once(stages, message):
+    config = configs.ediffi.get_config("smoke")
+    for name in set(config.stages) - set(stages):
+        del config[name]
+    config.stages = stages
+    with pytest.raises(ConfigError, match=message):
+        validate.check(config)
+
+
+def test_a_network_that_does_not_fit_its_encoders_is_named(tmp_path):
+    config = smoke("shared", tmp_path)
+    config.unet.text_dim = 64
+    with pytest.raises(ConfigError, match="text_dim 64, but the encoder gives 128"):
+        loop.build_task(config)
