@@ -120,11 +120,11 @@ def test_networks_stay_on_the_host_until_they_are_placed(task, root):
     assert {type(x) for x in leaves} == {np.ndarray}
 
 
-def test_every_family_has_rules_that_fit_it(root):
+def test_every_family_has_rules_that_fit_it(tmp_path):
     """Each rule of a family's table names weights of it, and splits them over both axes."""
     mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
     joint = jax.eval_shape(
-        loop.build_task(loop.expand(small.get_config(), root)).params, jax.random.key(0)
+        loop.build_task(loop.expand(small.get_config(), tmp_path)).params, jax.random.key(0)
     )
     clip = {"self_attn": {f"{n}_proj": dense(8, 8) for n in ("q", "k", "v", "out")}}
     clip["mlp"] = {"fc1": dense(8, 32), "fc2": dense(32, 8)}
