@@ -17,7 +17,7 @@ batch; several hosts (--distributed) share the pictures, in a directory that all
 
 from pathlib import Path
 
-from absl import flags
+from absl import flags, logging
 from ml_collections import config_flags
 
 from cnxs_jax import errors
@@ -129,6 +129,7 @@ def directory():
 def main(argv):
     if len(argv) > 1:
         raise errors.ConfigError(f"unknown argument {argv[1]!r}", "command line", "see --help")
+    logging.set_verbosity(logging.WARNING)  # JAX says at length which backends are not there
     sweep = [plan.parse_sweep(text) for text in SWEEP.value]
     kind, out, given = what(), directory(), options()
     steps = whole_numbers(STEPS.value) if STEPS.value else None
