@@ -1,4 +1,7 @@
-"""Stable Diffusion's pipelines against diffusers: same prompt and noise, same picture."""
+"""Stable Diffusion's pipelines against diffusers: same prompt and noise, same picture.
+
+`pytest -m slow tests/parity/test_sd_pipeline.py` runs the rest: what compiles programs of its own.
+"""
 
 import jax
 import numpy as np
@@ -129,7 +132,13 @@ def test_stable_diffusion(pipes, name, monkeypatch):
     _agree(*_pictures(theirs, load_pipeline(stored, scheduler=name), _noise(), **GUIDED))
 
 
-def test_unguided_and_wide(pipes):
+def test_unguided(pipes):
+    theirs, stored = pipes("sd")
+    _agree(*_pictures(theirs, load_pipeline(stored), _noise(), guidance_scale=1.0))
+
+
+@pytest.mark.slow
+def test_a_wide_picture(pipes):
     theirs, stored = pipes("sd")
     _agree(*_pictures(theirs, load_pipeline(stored), _noise(4, 12), guidance_scale=1.0))
 
@@ -156,6 +165,7 @@ def test_sdxl(pipes, extra, monkeypatch):
     _agree(*_pictures(theirs, load_pipeline(stored, scheduler="euler"), _noise(4, 8), **extra))
 
 
+@pytest.mark.slow
 def test_guidance_as_an_input_of_the_network(tmp_path, monkeypatch):
     theirs, stored = _theirs(tmp_path, unet={"time_cond_proj_dim": 8}, scheduler=LCMScheduler)
     _same_step_noise(monkeypatch, (8, 8, 4))

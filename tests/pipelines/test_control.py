@@ -35,13 +35,13 @@ def pixart(tmp_path_factory):
 
 
 def _np(pipe, prompt="a boat", image=PICTURE, **kwargs):
-    kwargs = {"num_inference_steps": 2, "output_type": "latent", **kwargs}
+    kwargs = {"num_inference_steps": 2, "output_type": "latent", "guidance_scale": 1.0, **kwargs}
     return pipe(prompt, image=image, **kwargs).images
 
 
 def test_scale_and_interval(plain, pipe):
     full = _np(pipe)
-    base_alone = plain("a boat", num_inference_steps=2, output_type="latent").images
+    base_alone = _np(plain, image=None)
     np.testing.assert_allclose(_np(pipe, controlnet_conditioning_scale=0.0), base_alone, atol=1e-5)
     half = _np(pipe, controlnet_conditioning_scale=0.5)
     first = _np(pipe, control_guidance_end=0.5)
@@ -50,9 +50,9 @@ def test_scale_and_interval(plain, pipe):
     for i, one in enumerate(found):
         assert all(np.abs(one - other).max() > 1e-3 for other in found[:i])
     taken_off = pipe.replace(control=[])
-    np.testing.assert_array_equal(
-        taken_off("a boat", num_inference_steps=2, output_type="latent").images, base_alone
-    )
+    np.testing.assert_array_equal(_np(taken_off, image=None), base_alone)
+    guided = _np(pipe, guidance_scale=7.5)  # both halves see the hint
+    assert np.abs(guided - full).max() > 1e-3
 
 
 def test_nothing_recompiles(pipe, monkeypatch):
@@ -83,7 +83,9 @@ def test_pictures_of_every_kind_are_the_same_hint(pipe):
 
 def test_size_is_that_of_the_picture(pipe):
     wide = Image.fromarray(np.round(tiny_sd.ramp(13, 21) * 255).astype(np.uint8))
-    assert _np(pipe, image=wide).shape == (1, 6, 10, 4)
+    control = base.controls.check(pipe.controllers, wide, 1.0, 0.0, 1.0, _request(pipe, ["a"], 1))
+    assert control.sides(None, None, pipe.multiple) == (12, 20)
+    assert control.sides(24, None, pipe.multiple) == (24, 20)
 
 
 def test_pictures_of_several_prompts(pipe):
