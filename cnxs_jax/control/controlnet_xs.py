@@ -14,7 +14,8 @@ The published weights are of type B with concatenation. Their two implementation
 
 - "official": every norm has the largest number of groups that divides its channels, all
   resnets epsilon 1e-5; on SDXL the controller's transformers have 1e-5, too. The control scale
-  counts as part of `time_embedding_mix`.
+  counts as part of `time_embedding_mix` (as the network does it; the original script for SD scales
+  the connections alone, which is `connection_scale` here).
 - "diffusers": what `UNetControlNetXSModel.from_unet` computes: epsilon 1e-6 in the resnets of the
   base and of the controller's middle, one number of groups in the middle, and per level no
   more groups than its first norm has. The mix is a constant.
