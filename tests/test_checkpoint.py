@@ -119,8 +119,8 @@ def test_restore_on_another_mesh(tmp_path):
 @functools.cache
 def dit_state(seed, devices):
     """The train state of a DiT with moments and EMA, all random, sharded where there are eight."""
-    dit = PixArt(num_layers=2, num_attention_heads=2, attention_head_dim=16, sample_size=8,
-                 cross_attention_dim=32, caption_channels=16)  # fmt: skip
+    dit = PixArt(num_layers=2, num_attention_heads=2, attention_head_dim=32, sample_size=8,
+                 cross_attention_dim=64, caption_channels=16)  # fmt: skip
     cond = {"text": jnp.zeros((1, 4, 16)), "text_mask": jnp.ones((1, 4), jnp.int32)}
 
     def init(key):
@@ -161,7 +161,8 @@ def check_flips(tmp_path, capsys, number, seed, devices):
             harmless += 1  # a byte that no array uses
             assert_same(state, make(2))
         shutil.rmtree(directory)
-    assert harmless <= number * 0.1
+    # array bytes dominate the files, or the flips say little; ten flips may be unlucky
+    assert harmless <= max(number * 0.1, 3)
     return harmless
 
 
