@@ -212,9 +212,13 @@ class Weights:
     def __init__(self, cond, several, count, num_connections):
         def read(key):
             value = cond.get(key)
-            values = (None,) * count if value is None else value if several else (value,)
-            if len(values) != count:
-                raise ConfigError(f"{len(values)} values for {count} adapters", f'cond["{key}"]')
+            if value is None:
+                return (None,) * count
+            is_tuple = isinstance(value, tuple | list)
+            values = tuple(value) if is_tuple else (value,)
+            if is_tuple != several or len(values) != count:
+                what = f"{len(values)} values for {count} adapters"
+                raise ConfigError(what, f'cond["{key}"]', "a tuple only for several adapters")
             return values
 
         self.scales, self.active = read("control_scale"), read("control_active")
