@@ -92,12 +92,23 @@ def test_heads_of_small_controllers_are_wider_than_their_channels():
 
 @pytest.mark.parametrize("kind", [("A", "cat"), ("B", "cat"), ("C", "add")])
 def test_zero_connections_are_the_base_bit_for_bit(base, kind):
-    """The rest of the adapter is noise: it computes something, and nothing of it arrives."""
+    """The rest of the adapter is noise: it computes something, and nothing of it arrives.
+
+    Compiled at XLA's lowest level: above it two programs are fused in two ways, and their sums are
+    taken in two orders (2e-8 here).
+    """
     adapter = adapter_of(*kind)
     fresh = controlnet_xs.fresh_params(adapter, jax.random.key(1))
     module, params = control.attach(BASE, base, adapter, perturbed(fresh, keep=CONNECTIONS))
     args = inputs()
-    np.testing.assert_array_equal(run(module, params, *args), run(BASE, base, *args))
+
+    def exact(module, params):
+        program = jax.jit(lambda p, x, t, cond: module.apply({"params": p}, x, t, cond))
+        options = {"xla_backend_optimization_level": "1"}
+        return program.lower(params, *args).compile(compiler_options=options)(params, *args)
+
+    np.testing.assert_array_equal(exact(module, params), exact(BASE, base))
+    np.testing.assert_allclose(run(module, params, *args), run(BASE, base, *args), atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", [("A", "add"), ("B", "cat"), ("C", "cat")])
@@ -128,7 +139,7 @@ def test_the_hint_is_embedded_once(controlled):
     out = run(module, {**params, "control": without}, x, t, {**ready, **stale})
     np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5)
     changed = {**cond, "hint": cond["hint"].copy()}
-    changed["hint"][1, -1, -1] = 1.0 - changed["hint"][1, -1, -1]  # the last pixel arrives
+    changed["hint"][1, -4:, -4:] = 1.0 - changed["hint"][1, -4:, -4:]  # the last corner arrives
     other = run(module, params, x, t, changed)
     np.testing.assert_allclose(other[0], expected[0], rtol=0, atol=1e-5)
     assert np.abs(other[1] - expected[1]).max() > 1e-4
@@ -148,7 +159,7 @@ def test_sampling_with_start_and_end_compiles_once(base, controlled):
 
     whole = sample(params, cond, table)
     half = sample(params, cond, table.with_control(0.0, 0.5))
-    weak = sample(params, {**cond, "control_scale": jnp.full(BATCH, 0.3)}, table)
+    weak = sample(params, {**cond, "control_scale": np.full(BATCH, 0.3, np.float32)}, table)
     off = sample(params, cond, table.with_control(0.9, 0.95))
     assert sample._cache_size() == 1
     network = guidance.cfg(sampling.denoiser(BASE))

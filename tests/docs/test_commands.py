@@ -30,8 +30,8 @@ TOOLS = {
 }  # fmt: skip
 # Run by tests of their own, or not about this project.
 MODULES = {"pytest", "venv", "pip", "mkdocs"}
-OURS = {"train", "eval", "eval.benchmark", "eval.metrics.scene_accuracy", "cnxs_jax.sample",
-        "cnxs_jax.convert"}  # fmt: skip
+OURS = {"train", "train.plan", "train.cache", "eval", "eval.benchmark",
+        "eval.metrics.scene_accuracy", "cnxs_jax.sample", "cnxs_jax.convert"}  # fmt: skip
 EVERY = [(path.relative_to(ROOT), words) for path in commands.DOCUMENTS
          for words in commands.shown(path)]  # fmt: skip
 EVERY += [(path, words) for path in commands.EXAMPLES
@@ -95,7 +95,9 @@ def test_understood(page, words):
             assert not word.startswith("tests/") or (ROOT / word).exists(), word
     elif module in OURS:
         given = {a.removeprefix("--").split("=")[0] for a in arguments if a.startswith("--")}
-        unknown = {g for g in given if not g.startswith("config")} - flags_of(module)
+        known = flags_of(module)
+        known |= {f"no{name}" for name in known}  # absl's negation
+        unknown = {g for g in given if not g.startswith("config")} - known
         assert not unknown, f"{page}: {module} has no {unknown}"
         if any(a.startswith("--config=") for a in arguments):
             config_of(arguments)
