@@ -107,7 +107,7 @@ def decoder():
     del config.vae
     config.vae_path = "{workdir}/vae/export/vae"
     config.freeze = ("encoder/.*", "quant_conv/.*")
-    config.steps = 3000
+    config.steps = 1500
     config.objective.kl = 0.0
     return config
 
