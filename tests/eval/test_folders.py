@@ -113,12 +113,13 @@ def test_the_command(tmp_path, noise):
     a, b = write(tmp_path / "a", noise), write(tmp_path / "b", noise // 2)
     folders_of = ["--images", a, "--reference", b]
     code, out, err = command(*folders_of, "--metrics=psnr", "--out", tmp_path / "out")
-    assert (code, err) == (0, "")
+    said = [line for line in err.splitlines() if "Grain" not in line]  # its own, on older jaxlib
+    assert (code, said) == (0, [])
     assert "| a |" in out
     assert (tmp_path / "out" / "report.md").is_file()
     code, out, err = command(*folders_of, "--metrics=psnt", "--out", tmp_path / "out")
     assert code == 2
-    assert err.startswith("error: unknown metric 'psnt'. Did you mean \"psnr\"? [--metrics]")
+    assert "error: unknown metric 'psnt'. Did you mean \"psnr\"? [--metrics]" in err
     code, out, err = command("--pipeline=x", "--sweep", "guidance_scal=1:8", "--out=x")
     assert code == 2
     assert 'Did you mean "guidance_scale"?' in err
