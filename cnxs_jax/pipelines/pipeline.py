@@ -128,7 +128,6 @@ def save_pipeline(pipe, path, dtype=None):
         ConfigError: `path` holds something else.
     """
     path = pathlib.Path(path)
-    offloading.refuse_saving(pipe.components)
     if path.exists() and not path.is_dir():
         raise ConfigError(f"{path} is a file", "save_pipeline")
     if path.exists() and any(path.iterdir()) and not (path / INDEX).exists():
@@ -152,6 +151,7 @@ def _write(pipe, directory, dtype):
     directory.mkdir()
     if hasattr(pipe, "write"):  # a layout of its own
         return pipe.write(directory, dtype)
+    offloading.refuse_saving(pipe.components)
     index = {"_class_name": pipe.class_name, "_diffusers_version": DIFFUSERS_VERSION}
     index |= {name: pipe.option(name) for name in pipe.default_options}
     if pipe.controllers:

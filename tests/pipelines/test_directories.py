@@ -187,7 +187,7 @@ def test_null_caption_of_another_width(made, tmp_path):
     ],
 )
 def test_bad_arguments_of_load_stop_before_weights(stored, monkeypatch, arguments, where):
-    monkeypatch.setattr(pipeline, "load_model", None)
+    monkeypatch.setattr(pipeline, "read_model", None)
     with pytest.raises(ConfigError) as caught:
         cnxs_jax.load_pipeline(stored, **arguments)
     assert caught.value.where == where
