@@ -21,15 +21,15 @@ def _words(x):
 
 def _mix(index, seed):
     """An odd pseudo-random multiplier for every global index (murmur3's finaliser)."""
-    h = index * jnp.uint32(0x9E3779B1) + jnp.uint32(seed)
+    h = index * jnp.uint32(0x9E3779B1) + seed
     h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
     h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
     return (h ^ (h >> 16)) | jnp.uint32(1)
 
 
 @jax.jit
-def _digest(x):
-    """`(lane, lane, finite)`: sums of bits times odd multipliers, modulo 2**32.
+def _lane(x, seed):
+    """The sum of bits times odd multipliers, modulo 2**32.
 
     A sum of integers does not depend on its order, so the digest is the same on every mesh; an odd
     multiplier is invertible, so one flipped bit always changes it.
@@ -38,10 +38,22 @@ def _digest(x):
     for axis, stride in enumerate(np.cumprod((1, *x.shape[:0:-1]))[::-1] if x.ndim else ()):
         iota = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
         index += iota * jnp.uint32(int(stride) % 2**32)
-    words = _words(x)
-    lanes = [jnp.sum(words * _mix(index, seed), dtype=jnp.uint32) for seed in (1, 0x5BD1E995)]
-    finite = jnp.isfinite(x).all() if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.bool_(True)
-    return *lanes, finite
+    return jnp.sum(_words(x) * _mix(index, seed), dtype=jnp.uint32)
+
+
+@jax.jit
+def _finite(x):
+    return jnp.isfinite(x).all()
+
+
+def _digest(x):
+    """`(lane, lane, finite)` of one array.
+
+    One program with one sum after another: several sums over the devices at a time can starve each
+    other of threads where simulated devices outnumber the cores, and XLA then ends the process.
+    """
+    lanes = [int(_lane(x, np.uint32(seed))) for seed in (1, 0x5BD1E995)]
+    return *lanes, not jnp.issubdtype(x.dtype, jnp.inexact) or bool(_finite(x))
 
 
 def fingerprint(tree):
@@ -51,7 +63,7 @@ def fingerprint(tree):
         NumericsError: an array holds NaN or infinity; such a state must not replace a good one.
     """
     flat = trees.flatten(tree)
-    digests = jax.device_get({path: _digest(x) for path, x in flat.items()})
+    digests = {path: _digest(x) for path, x in flat.items()}
     bad = [path for path, (_, _, finite) in digests.items() if not finite]
     if bad:
         raise NumericsError(
