@@ -1,9 +1,9 @@
 r"""A tiny CLIP on emoji scenes: the CLIP conditions of `configs/ediffi.py` in the embedded world.
 
-The contrastive loss of arXiv 2103.00020 (figure 3; learned temperature, at most 100), both encoders
-from nothing, minutes on two cores. What differs from the paper, and why: 64 px scenes and captions
-of at most 24 tokens of the embedded tokenizer; batch 128 instead of 32,768, so pairs with equal
-captions are left out of each other's mismatches.
+The contrastive loss of arXiv 2103.00020 (figure 3; learned temperature, at most 100); both encoders
+start from nothing. What differs from the paper, and why: 64 px scenes and captions of at most 24
+tokens of the embedded tokenizer; batch 128 instead of 32,768, so pairs with equal captions are left
+out of each other's mismatches.
 
   :tiny   1.3 M parameters (the default)
   :smoke  three steps of smaller encoders, to test the plumbing
