@@ -185,7 +185,8 @@ def covered(picture, height, width):
     from PIL import Image
 
     scale = max(height / picture.height, width / picture.width)
-    size = (max(round(picture.width * scale), width), max(round(picture.height * scale), height))
+    # Rounded down, as torchvision and transformers do.
+    size = (max(int(picture.width * scale), width), max(int(picture.height * scale), height))
     if size != picture.size:
         picture = picture.resize(size, Image.BICUBIC)
     left, top = (picture.width - width) // 2, (picture.height - height) // 2

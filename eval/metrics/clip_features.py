@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cnxs_jax.convert import families, rules
+from cnxs_jax.convert import families, files, rules
 from cnxs_jax.data import image_folder
 from cnxs_jax.errors import CheckpointError
 from cnxs_jax.pipelines import load
@@ -85,7 +85,7 @@ def load_clip(directory):
     config = load.read_config(directory / "config.json")
     if not {"text_config", "vision_config"} <= set(config):
         raise CheckpointError("the config has not both towers", str(directory), LAYOUT)
-    tensors = load.read_component(load.find_weights(directory))
+    tensors = files.read_tensors(load.find_weights(directory))
     text = _tower(tensors, config, "text", "CLIPTextModelWithProjection", directory)
     image = _tower(tensors, config, "visual", "CLIPVisionModelWithProjection", directory)
     return Clip(text, image, _tokenizer(directory))
