@@ -111,7 +111,13 @@ def test_zero_connections_are_the_base_bit_for_bit(base, kind):
     np.testing.assert_allclose(run(module, params, *args), run(BASE, base, *args), atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", [("A", "add"), ("B", "cat"), ("C", "cat")])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        ("B", "cat"),
+        *(pytest.param(k, marks=pytest.mark.slow) for k in [("A", "add"), ("C", "cat")]),
+    ],
+)
 def test_every_connection_of_the_type_counts(controlled, kind):
     """Type A has none in the encoder, type C none after the base's last stage."""
     module, params = controlled(*kind)

@@ -43,7 +43,10 @@ def test_pixart_xl_2(side, tera):
     )
 
 
-@pytest.mark.parametrize(("name", "side", "tera"), [("sd15", 64, 0.803), ("sdxl", 128, 6.761)])
+@pytest.mark.parametrize(
+    ("name", "side", "tera"),
+    [("sd15", 64, 0.803), pytest.param("sdxl", 128, 6.761, marks=pytest.mark.slow)],
+)
 def test_unet(name, side, tera):
     module = UNet(**unets.PUBLISHED[name])
     assert closed_forms.unet(module, 77, side) / 1e12 == pytest.approx(tera, rel=5e-3)
@@ -104,6 +107,7 @@ def test_every_other_full_size_benchmark_builds(name):
         assert flops.count(lowered) == pytest.approx(closed, rel=WITHIN)
 
 
+@pytest.mark.slow
 def test_lowered_and_compiled_programs_count_alike():
     """A tiny UNet with its gradient: loops, strided and doubled convolutions, attention."""
     module = UNet(

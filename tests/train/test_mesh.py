@@ -71,7 +71,9 @@ def losses_of(fit):
     return losses
 
 
-@pytest.fixture(scope="module", params=TASKS)
+@pytest.fixture(
+    scope="module", params=[pytest.param("denoise", marks=pytest.mark.slow), "consistency"]
+)
 def one(request, root):
     """(task, losses on one device)"""
     return request.param, losses_of(fit_on(request.param, root, {"data": 1}))

@@ -89,6 +89,7 @@ ARGS = types.SimpleNamespace(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_report_of_a_directory(base, capsys):
     """Its shapes come from the config files; the weights are never read."""
     for file in base.rglob("*.safetensors"):
