@@ -13,7 +13,7 @@ has it; the last line says whether the largest stage fits.
   python -m train.plan --config=configs/pixart_lcm.py:xl_512 --config.batch_size=1 --measure
 
 runs one real train step on random weights on this machine's CPU instead, in its own forms, and
-compares the peak of its memory with the prediction for them (PixArt-XL/2 at 512 px: below 24 GB).
+compares the peak of its memory with the prediction for them.
 """
 
 import json
