@@ -42,14 +42,6 @@ def matches(patterns, path):
     return any(re.fullmatch(p, path) for p in patterns)
 
 
-def first_match(rules, path, default=None):
-    """The value of the first `(pattern, value)` whose pattern matches `path`."""
-    for pattern, value in rules:
-        if re.fullmatch(pattern, path):
-            return value
-    return default
-
-
 def check_rules(rules, paths, where):
     """Raises ConfigError for a pattern that is no regex or matches none of `paths`."""
     paths = list(paths)

@@ -13,7 +13,6 @@ from cnxs_jax.data import emoji_scenes, features, image_folder, scenes, shapes, 
 
 WORLDS = {"emoji_scenes": (emoji_scenes.world, 64), "shapes": (shapes.world, 32)}
 SOURCES = (*WORLDS, "image_folder", "features", *tfds_source.NAMES)
-ENDLESS = 2**60
 
 
 def open_source(name, split="train", size=None, *, truth=False, seed=0, root=None,

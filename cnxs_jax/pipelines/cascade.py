@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ from cnxs_jax.errors import CheckpointError, ConfigError, did_you_mean
 from cnxs_jax.models.conditioning import Encoders
 from cnxs_jax.pipelines.base import Component
 from cnxs_jax.pipelines.load import load_model, save_model
+from cnxs_jax.pipelines.scheduler import read_json
 from cnxs_jax.storage import write_json
 
 SOLVERS = ("deis", "ab", "dpmpp", "euler")
@@ -131,17 +131,6 @@ def write_encoders(encoders, params, tokenizers, directory, dtype=None):
         save_model(getattr(encoders, name), params[name], directory / folder, dtype)
         if tokens:
             tokenizers[name].save_pretrained(directory / tokens)
-
-
-def read_json(path):
-    """A table of a JSON file; raises CheckpointError."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot be read: {error}", str(path)) from None
-    if not isinstance(found, dict):
-        raise CheckpointError("it is no table of names and values", str(path))
-    return found
 
 
 def read_stage(directory, name, dtype=None):

@@ -29,6 +29,7 @@ from cnxs_jax.pipelines import cascade
 from cnxs_jax.pipelines import images as pictures
 from cnxs_jax.pipelines import request as requests
 from cnxs_jax.pipelines.base import Result, draw
+from cnxs_jax.pipelines.scheduler import read_json
 from cnxs_jax.storage import write_json
 
 _ELSEWHERE = {
@@ -255,7 +256,7 @@ class EDiffIPipeline:
             ConfigError: parts that it does not take. CheckpointError: missing or damaged files.
         """
         requests.refuse_parts(cls.class_name, **parts)
-        index = cascade.read_json(directory / "model_index.json")
+        index = read_json(directory / "model_index.json")
         names, limits = index.get("stages"), index.get("max_tokens")
         plain = isinstance(names, list) and all(re.fullmatch(r"[\w-]+", str(n)) for n in names)
         if not plain or not names or not isinstance(limits, dict):
