@@ -38,10 +38,11 @@ def get_config(variant="tiny"):
     if variant not in VARIANTS:
         raise ValueError(f"unknown variant {variant!r}, use one of {', '.join(VARIANTS)}")
     config = ConfigDict()
-    config.stages = ("vae", "decoder", "teacher")
+    config.stages = ("vae", "decoder", "teacher", "relations")
     config.vae = vae()
     config.decoder = decoder()
     config.teacher = teacher()
+    config.relations = relations()
     if variant == "smoke":
         smoke(config)
     return config
@@ -161,6 +162,19 @@ def teacher():
     config.objective.loss_weighting = "uniform"
     config.objective.logit_normal = (-0.5, 1.0)
     config.objective.noises = 2
+    return config
+
+
+def relations():
+    config = teacher()
+    config.name = "relations"
+    config.init_path = "{workdir}/teacher/export"
+    config.data.relations = 0.7
+    config.data.seed = 1
+    config.steps = 4000
+    config.optimizer.learning_rate = 8e-4
+    config.optimizer.warmup_steps = 200
+    config.objective.logit_normal = (0.0, 1.0)
     return config
 
 

@@ -16,6 +16,7 @@ KEYS = {
     "seed": validate.Optional(validate.integer(0)),
     "num_examples": validate.Optional(validate.integer(1)),
     "num_concepts": validate.Optional(validate.integer(1)),
+    "relations": validate.Optional(validate.number(0, 1)),
     "tokenizer": validate.Optional(validate.text),
     "max_length": validate.Optional(validate.integer(1, 512)),
     "prefetch": validate.Optional(validate.integer(0)),
@@ -26,7 +27,7 @@ KEYS = {
 def open_source(config, seed=None, truth=False):
     """The source of examples of `config.data`; `truth` adds masks, edges and depth."""
     data = config.data
-    options = {"num_concepts": data.num_concepts} if data.get("num_concepts") else {}
+    options = {k: data[k] for k in ("num_concepts", "relations") if data.get(k)}
     seed = data.get("seed", 0) if seed is None else seed
     source = pipeline.open_source(
         data.source,

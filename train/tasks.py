@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cnxs_jax import tree
 from cnxs_jax.diffusion import sampling, schedule
 from cnxs_jax.errors import ConfigError
 from cnxs_jax.models.dit import PixArt
@@ -64,6 +65,7 @@ KEYS = {
     "denoiser": {
         "data": inputs.KEYS,
         "vae_path": validate.text,
+        "init_path": validate.Optional(validate.text),
         "transformer": fields(PixArt),
         "text_encoder": validate.Optional(fields(T5Encoder)),
         "text_encoder_path": validate.Optional(validate.text),
@@ -228,7 +230,10 @@ def drop_captions(raw, empty, rate, key):
 
 
 def denoiser(config):
-    """Trains a PixArt transformer, and its text encoder with it unless `text_encoder_path`."""
+    """Trains a PixArt transformer, and its text encoder with it unless `text_encoder_path`.
+
+    With `init_path`, a pipeline directory, they start as that pipeline's.
+    """
     from cnxs_jax.pipelines.load import read_model
 
     dit = make(PixArt, config.transformer)
@@ -280,6 +285,9 @@ def denoiser(config):
         text_params = text.init(key_text, ids, whole_mask(length))["params"]
         return {"text_encoder": text_params, "transformer": params}
 
+    if config.get("init_path"):
+        init = start_from(config.init_path, init, joint)
+
     def components(params, encoders):
         both = params if joint else {**encoders, "transformer": params}
         return {
@@ -295,6 +303,23 @@ def denoiser(config):
     sample, export = outputs(config, components, tokenizer, scheduler, options, resolve)
     objective = objectives.denoise(run, noise, resolve, **config.objective)
     return Task(objective, init, loader, encode, encoders, frozen, sample, export)
+
+
+def start_from(path, init, joint):
+    """Parameters of the pipeline at `path` in place of `init`'s, which they must be like."""
+    from cnxs_jax.pipelines.load import read_model
+
+    found = read_model(path, "transformer")[1]
+    if joint:
+        found = {"text_encoder": read_model(path, "text_encoder")[1], "transformer": found}
+    wanted = tree.flatten(jax.eval_shape(init, jax.random.key(0)))
+    given = tree.flatten(found)
+    for name in sorted(wanted.keys() | given.keys()):
+        here, there = (flat[name].shape if name in flat else None for flat in (wanted, given))
+        if here != there:
+            what = f"{name} is {there} in {path}, the config makes it {here}"
+            raise ConfigError(what, "config.init_path", "give that pipeline's own sizes")
+    return found
 
 
 def frozen_part(config, init):

@@ -16,7 +16,7 @@ SOURCES = (*WORLDS, "image_folder", "features", *tfds_source.NAMES)
 
 
 def open_source(name, split="train", size=None, *, truth=False, seed=0, root=None,
-                **world_options):  # fmt: skip
+                relations=0.0, **world_options):  # fmt: skip
     """An indexable source of examples: `source[i] -> {"image", "caption", ...}`.
 
     Args:
@@ -27,6 +27,7 @@ def open_source(name, split="train", size=None, *, truth=False, seed=0, root=Non
         truth: also give masks, edges, depth.
         seed: another seed is another set of scenes.
         root: the folder of pictures, of cached features, or of prepared data sets.
+        relations: of the two worlds; see `scenes.SceneSource`.
         world_options: e.g. `num_concepts`.
 
     Raises:
@@ -37,6 +38,8 @@ def open_source(name, split="train", size=None, *, truth=False, seed=0, root=Non
         fix = f"use one of {tuple(SOURCES)}" + errors.did_you_mean(name, SOURCES)
         raise errors.ConfigError(f"unknown source {name!r}", "data.source", fix)
     if name not in WORLDS:
+        if relations:
+            raise errors.ConfigError(f"{name} knows no relations", "data.relations", "leave it out")
         if not root:
             fix = "e.g. --config.data.root=photos"
             raise errors.ConfigError(f"{name} needs a folder", "data.root", fix)
@@ -48,7 +51,9 @@ def open_source(name, split="train", size=None, *, truth=False, seed=0, root=Non
     if "num_concepts" in world_options and name != "emoji_scenes":
         raise errors.ConfigError(f"{name} has no number of concepts", "data.num_concepts")
     world, usual = WORLDS[name]
-    return scenes.SceneSource(world(**world_options), split, size or usual, truth, seed)
+    return scenes.SceneSource(
+        world(**world_options), split, size or usual, truth, seed, relations=relations
+    )
 
 
 class First:

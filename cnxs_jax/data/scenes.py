@@ -80,8 +80,9 @@ def make_scene(world, rng, spec=None, *, size=64, split="train", truth=True):
         world: a `World`.
         rng: a numpy Generator, or an int seed.
         spec: facts to force, a dict with any of `concepts` (list; the relation is between the
-            first two), `style`, `background`, `relation` (None: free), `named` (a set of
-            "background", "style", "relation": exactly what the caption shall name).
+            first two), `count` (of sprites), `style`, `background`, `relation` (None: free),
+            `named` (a set of "background", "style", "relation": exactly what the caption shall
+            name).
         size: side of the square picture in px.
         split: which (concept, style) pairs and (A, relation, B) triples may occur; a pair or
             triple that `spec` forces whole is taken as it is.
@@ -155,6 +156,7 @@ def check_spec(world, spec):
     """Raises ConfigError where `spec` has an unknown key or word."""
     words = {
         "concepts": world.concepts,
+        "count": (1, 2, 3),
         "style": world.styles,
         "background": tuple(world.backgrounds),
         "relation": RELATIONS,
@@ -176,7 +178,7 @@ def _draw_concepts(world, rng, spec, split, held):
     style = spec.get("style") or world.styles[rng.integers(len(world.styles))]
     if "concepts" in spec:
         return list(spec["concepts"]), style
-    count = 1 + int(rng.choice(3, p=COUNT_PROBABILITIES))
+    count = spec.get("count") or 1 + int(rng.choice(3, p=COUNT_PROBABILITIES))
     if split == "heldout_relations":
         count = max(count, 2)
     picked = [world.concepts[i] for i in rng.choice(len(world.concepts), count, replace=False)]
@@ -260,22 +262,33 @@ class SceneSource:
         truth: also give masks, edges and depth.
         seed: another seed is another set of scenes.
         length: what `len` says (one epoch of a shuffled loader).
+        relations: share of the scenes that have two sprites at least and a caption that names
+            their relation; the others are drawn as ever.
     """
 
-    def __init__(self, world, split="train", size=64, truth=False, seed=0, length=10_000_000):
+    def __init__(self, world, split="train", size=64, truth=False, seed=0, length=10_000_000,
+                 relations=0.0):  # fmt: skip
         if split not in SPLITS:
             fix = f"use one of {SPLITS}" + errors.did_you_mean(split, SPLITS)
             raise errors.ConfigError(f"unknown split {split!r}", "split", fix)
         self.world, self.split, self.size, self.truth = world, split, size, truth
-        self.seed, self.length = seed, length
+        self.seed, self.length, self.relations = seed, length, relations
 
     def __len__(self):
         return self.length
 
     def __getitem__(self, index):
         rng = scene_rng(self.world.name, self.split, int(index), self.seed)
-        scene = make_scene(self.world, rng, size=self.size, split=self.split, truth=self.truth)
-        return {**scene, "index": int(index)}
+        spec = self._related(rng) if self.relations and rng.random() < self.relations else None
+        options = {"size": self.size, "split": self.split, "truth": self.truth}
+        return {**make_scene(self.world, rng, spec, **options), "index": int(index)}
+
+    @staticmethod
+    def _related(rng):
+        named = {k for k in ("background", "style") if rng.random() < NAME_PROBABILITY}
+        return {"count": int(rng.integers(2, 4)), "named": {"relation"} | named}
 
     def __repr__(self):  # grain compares this when it restores a checkpoint
-        return f"SceneSource({self.world.name}, {self.split}, size={self.size}, seed={self.seed})"
+        more = f", relations={self.relations}" if self.relations else ""
+        name, split = self.world.name, self.split
+        return f"SceneSource({name}, {split}, size={self.size}, seed={self.seed}{more})"

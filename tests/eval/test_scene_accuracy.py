@@ -25,14 +25,14 @@ def scene(**spec):
     return make_scene(WORLD, np.random.default_rng(5), spec, truth=False)
 
 
-@pytest.fixture(scope="module")
-def truth400():
-    scenes = sa.real_scenes(WORLD, 400, seed=77)
+def truth(number):
+    scenes = sa.real_scenes(WORLD, number, seed=77)
     return np.stack([s["image"] for s in scenes]), [sa.shown(s) for s in scenes]
 
 
-def test_ground_truth_scenes_are_read_right(read, truth400):
-    figures, _ = sa.score(read, *truth400)
+@pytest.mark.parametrize("number", [150, pytest.param(2000, marks=pytest.mark.slow)])
+def test_ground_truth_scenes_are_read_right(read, number):
+    figures, _ = sa.score(read, *truth(number))
     assert figures["items"]["value"] >= 0.995
     assert figures["all_correct"]["value"] >= 0.98
     assert figures["extra_objects"]["value"] <= 0.02
@@ -40,18 +40,18 @@ def test_ground_truth_scenes_are_read_right(read, truth400):
     assert figures["all_correct"]["chance"] <= 0.02
 
 
-def test_blurred_scenes_are_read_right(read, truth400):
-    images, prompts = (part[:200] for part in truth400)
+def test_blurred_scenes_are_read_right(read):
+    images, prompts = truth(100)
     assert sa.score(read, sa.blur(images, 0.8), prompts)[0]["items"]["value"] >= 0.99
 
 
 def test_the_command_reads_scenes_through_the_shipped_autoencoder(monkeypatch, capsys):
     seen, score = [], sa.score
     monkeypatch.setattr(sa, "score", lambda *args: seen.append(args[1]) or score(*args))
-    sa.main(["--check", "--scenes=100"])
+    sa.main(["--check", "--scenes=50"])
     plain, through = (images.astype(int) for images in seen)
     own, other = (np.abs(p - through).mean((1, 2, 3)) for p in (plain, np.roll(plain, 1, axis=0)))
-    assert len(plain) == 100
+    assert len(plain) == 50
     assert own.min() > 0.2  # a round trip: not the scene itself, and no other one
     assert (own < other).all()
     lines = capsys.readouterr().out.splitlines()
