@@ -275,9 +275,3 @@ def whole(tree, keep=True):
 
     gathered = jax.tree.map(gather, tree)
     return gathered if keep else None
-
-
-def constrain(x, *spec):
-    """`with_sharding_constraint` under the mesh of `jax.set_mesh`; nothing without a mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return x if mesh.empty else jax.lax.with_sharding_constraint(x, P(*spec))

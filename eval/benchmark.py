@@ -21,7 +21,8 @@ from absl import flags
 
 from cnxs_jax import errors
 from cnxs_jax.storage import write_json, write_text
-from eval import benchmark_cases, flops
+from eval import flops
+from eval.benchmark_case import torch_device
 from eval.benchmark_cases import CASES
 
 CASE = flags.DEFINE_enum("case", "pixart_xl_512", list(CASES), "What to time.")
@@ -56,7 +57,7 @@ def programs_of(case):
     compiled = {name: lowered.compile() for name, lowered in case.lower(params).items()}
     seconds = time.perf_counter() - started
     ours = case.runners(compiled, params)
-    theirs = case.theirs(model.to(benchmark_cases.torch_device()))
+    theirs = case.theirs(model.to(torch_device()))
     del model, params
     gc.collect()
     programs = [
@@ -85,7 +86,7 @@ def matrix_product(size):
     import jax.numpy as jnp
     import torch
 
-    a = torch.ones(size, size, device=benchmark_cases.torch_device())
+    a = torch.ones(size, size, device=torch_device())
     b = jnp.ones((size, size))
     product = jax.jit(jnp.matmul).lower(b, b).compile()
     return Program(
@@ -186,7 +187,7 @@ def run(name, size="full", repeats=5, steps=4):
     facts = {
         "case": f"{name}, {size}{reduced}, batch 1, float32, {repeats} repeats",
         "device": f"{jax.devices()[0].device_kind}, {platform.processor() or platform.machine()}, "
-        f"{torch.get_num_threads()} threads; PyTorch on {benchmark_cases.torch_device()}",
+        f"{torch.get_num_threads()} threads; PyTorch on {torch_device()}",
         "versions": f"jax {jax.__version__}, torch {torch.__version__}, "
         f"diffusers {diffusers.__version__}",
         "compilation": f"{compiling:.1f} s for all of our programs, not in the times",

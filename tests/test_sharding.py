@@ -116,16 +116,6 @@ def test_only_what_is_split_is_gathered(mesh, monkeypatch):
     assert len(gathered) == 2  # it takes part all the same
 
 
-def test_constrain_acts_under_a_mesh_only(mesh):
-    def f(x):
-        return sharding.constrain(x * 2, ("data", "fsdp"), None)
-
-    x = np.ones((8, 2), np.float32)
-    np.testing.assert_array_equal(jax.jit(f)(x), 2 * x)
-    with jax.set_mesh(mesh):
-        assert jax.jit(f)(x).sharding.shard_shape(x.shape) == (2, 2)
-
-
 def layout(processes, axes=("expert", "data", "fsdp", "tensor")):
     """What `owned_parts` reads of a mesh: which process each of its devices belongs to."""
     processes = np.asarray(processes)

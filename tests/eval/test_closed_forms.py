@@ -15,7 +15,8 @@ from cnxs_jax.models.t5 import T5Encoder
 from cnxs_jax.models.unet import UNet
 from cnxs_jax.models.vae import AutoencoderKL
 from eval import closed_forms, flops
-from eval.benchmark_cases import CASES, up_taps
+from eval.benchmark_cases import CASES
+from eval.benchmark_networks import up_taps
 
 WITHIN = 0.05
 
