@@ -170,6 +170,7 @@ def relations():
     config.name = "relations"
     config.init_path = "{workdir}/teacher/export"
     config.data.relations = 0.7
+    config.word_order = 0.1
     config.data.seed = 1
     config.steps = 4000
     config.optimizer.learning_rate = 8e-4

@@ -14,7 +14,7 @@ from cnxs_jax.errors import ConfigError
 from cnxs_jax.models.dit import PixArt
 from cnxs_jax.models.t5 import T5Encoder
 from cnxs_jax.models.vae import AutoencoderKL
-from train import features, inputs, networks, objectives, optimizer, validate
+from train import features, inputs, networks, objectives, optimizer, validate, word_order
 from train.loop import Task
 from train.parts import (
     LORA,
@@ -70,6 +70,7 @@ KEYS = {
         "text_encoder": validate.Optional(fields(T5Encoder)),
         "text_encoder_path": validate.Optional(validate.text),
         "caption_dropout": validate.number(0, 1),
+        "word_order": validate.Optional(validate.number(0)),
         "schedule": SCHEDULE,
         "objective": DENOISE,
     },
@@ -106,6 +107,10 @@ def check_denoiser(values, where):
         raise ConfigError(
             "give text_encoder (trained along) or text_encoder_path (frozen), one of them",
             f"{where}.text_encoder",
+        )
+    if values.get("word_order") and values.get("text_encoder") is None:
+        raise ConfigError(
+            "a frozen text encoder learns no word order", f"{where}.word_order", "leave it out"
         )
     learned = values["objective"].get("learned_range")
     channels = dit.get("in_channels", 4) * (2 if learned else 1)
@@ -232,7 +237,8 @@ def drop_captions(raw, empty, rate, key):
 def denoiser(config):
     """Trains a PixArt transformer, and its text encoder with it unless `text_encoder_path`.
 
-    With `init_path`, a pipeline directory, they start as that pipeline's.
+    With `init_path`, a pipeline directory, they start as that pipeline's; with `word_order` the
+    text encoder learns its captions' order apart (`train.word_order`).
     """
     from cnxs_jax.pipelines.load import read_model
 
@@ -287,6 +293,8 @@ def denoiser(config):
 
     if config.get("init_path"):
         init = start_from(config.init_path, init, joint)
+    if config.get("word_order"):
+        init = word_order.with_heads(init, text)
 
     def components(params, encoders):
         both = params if joint else {**encoders, "transformer": params}
@@ -302,6 +310,8 @@ def denoiser(config):
     options = {"num_inference_steps": 20}
     sample, export = outputs(config, components, tokenizer, scheduler, options, resolve)
     objective = objectives.denoise(run, noise, resolve, **config.objective)
+    if config.get("word_order"):
+        objective = word_order.with_loss(objective, text, resolve, config.word_order)
     return Task(objective, init, loader, encode, encoders, frozen, sample, export)
 
 

@@ -83,6 +83,7 @@ def load_pipeline(
     if hasattr(family, "read"):  # a layout of its own
         parts = {"control": control, "lora": lora, "experts": experts, "scheduler": scheduler}
         parts |= {"mesh": mesh, "offload": offload, "quantize": quantize}
+        parts["vae_tiling"] = vae_tiling or None
         return family.read(directory, compute, **parts)
     refuse_parts(family.class_name, lora=lora, experts=experts)
     config = schedulers.read(directory)

@@ -107,3 +107,12 @@ def test_mask_of_another_shape_is_refused(model):
     module, params = model
     with pytest.raises(ConfigError, match=r"\[2, 12\] and \[2, 11\]"):
         module.apply({"params": params}, tokens(), jnp.ones((2, 11), jnp.int32))
+
+
+def test_a_new_encoder_tells_the_order_of_its_words():
+    """Swapped neighbours change the encoding of a word far from them in a visible way."""
+    module = t5.T5Encoder(**{**TINY, "num_heads": 4})
+    one, other = jnp.array([[3, 20, 8, 31, 1]]), jnp.array([[31, 20, 8, 3, 1]])
+    params = module.init(jax.random.key(0), one)["params"]
+    out, swapped = (module.apply({"params": params}, ids)[0, 1] for ids in (one, other))
+    assert jnp.linalg.norm(out - swapped) > 0.05 * jnp.linalg.norm(out)
