@@ -109,6 +109,11 @@ def parse_flags(argv):
         raise ConfigError(cause, "command line", "see --help") from None
 
 
+def first_line(error):
+    """The first line of an exception's text, or its kind where it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def did_you_mean(word, choices):
     """` Did you mean "x"?` for the nearest of `choices`, or an empty string."""
     import difflib

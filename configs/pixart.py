@@ -42,9 +42,9 @@ def get_config(variant="tiny"):
     config.vae = vae()
     config.decoder = decoder()
     config.teacher = teacher()
-    config.relations = relations()
     if variant == "smoke":
         smoke(config)
+    config.relations = relations(config.teacher)
     return config
 
 
@@ -165,17 +165,16 @@ def teacher():
     return config
 
 
-def relations():
-    config = teacher()
+def relations(teacher):
+    config = teacher.copy_and_resolve_references()
     config.name = "relations"
     config.init_path = "{workdir}/teacher/export"
     config.data.relations = 0.7
     config.word_order = 0.1
     config.data.seed = 1
-    config.steps = 4000
-    config.optimizer.learning_rate = 8e-4
-    config.optimizer.warmup_steps = 200
-    config.objective.logit_normal = (0.0, 1.0)
+    config.steps = max(teacher.steps // 4, 3)
+    config.optimizer.learning_rate = 1e-3
+    config.objective.logit_normal = (0.5, 1.2)
     return config
 
 

@@ -169,7 +169,7 @@ def _start_cluster():
         jax.distributed.initialize()
     except Exception as error:
         raise errors.DistributedError(
-            f"the cluster did not come up: {str(error).splitlines()[0]}",
+            f"the cluster did not come up: {errors.first_line(error)}",
             "--distributed",
             "start one process a host, on a cluster that JAX knows",
         ) from error

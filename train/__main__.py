@@ -44,7 +44,7 @@ def start_cluster():
         jax.distributed.initialize(*given)
     except Exception as error:
         raise errors.DistributedError(
-            f"the cluster did not come up: {str(error).splitlines()[0]}",
+            f"the cluster did not come up: {errors.first_line(error)}",
             f"coordinator {given[0] or 'found by JAX'}",
             "start all processes within five minutes, with one address and different ids",
         ) from error

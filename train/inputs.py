@@ -28,7 +28,7 @@ def open_source(config, seed=None, truth=False):
     """The source of examples of `config.data`; `truth` adds masks, edges and depth."""
     data = config.data
     options = {k: data[k] for k in ("num_concepts", "relations") if data.get(k)}
-    seed = data.get("seed", 0) if seed is None else seed
+    seed = data.get("seed") or 0 if seed is None else seed
     source = pipeline.open_source(
         data.source,
         data.get("split", "train"),
@@ -91,7 +91,7 @@ def rows(config):
 
 def examples(config, number, keys=("image",)):
     """The first `number` examples of another seed than training's: {"caption", *keys}."""
-    seed, truth = config.data.get("seed", 0) + 1, tuple(keys) != ("image",)
+    seed, truth = (config.data.get("seed") or 0) + 1, tuple(keys) != ("image",)
     source = open_source(config, seed=seed, truth=truth)
     found = [source[i % len(source)] for i in range(number)]
     stacked = {key: np.stack([e[key] for e in found]) for key in keys}

@@ -143,7 +143,7 @@ class StopSignal:
     """SIGTERM and SIGINT ask for a save and an exit; a second one ends the process at once.
 
     With several processes the decision must fall at the same step everywhere, so JAX's own
-    preemption notice is used there.
+    preemption notice is used there: SIGTERM alone, sent by the cluster.
     """
 
     def __init__(self):

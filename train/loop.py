@@ -92,8 +92,11 @@ def main(config, workdir, resume=False):
                 run(run_config, path, root, resume)
             if lead:
                 report.write(expand(run_config, root), path)
-        if config.get("finish") and lead:
-            report.finish(expand(config, root), root, again=not all(finished))
+            barrier(f"report of {path.name}")
+        if config.get("finish"):
+            if lead:
+                report.finish(expand(config, root), root, again=not all(finished))
+            barrier("finished")
 
 
 def build_task(config):
@@ -125,11 +128,18 @@ def run(config, workdir, root, resume=False):
             with Writer(workdir, start, lead) as writer:
                 fit.train(start, checkpoints, writer, stop)
             fit.finish(workdir, lead)
+        if stop.name:  # the signal came after the last step
+            raise Stopped(
+                f"stopped by {stop.name}; {workdir.name} is finished",
+                workdir,
+                "start again with --resume to go on with what follows it",
+            )
     barrier(f"finished {workdir.name}")
 
 
 def barrier(name):
-    """Waits for all processes: the next stage reads what the lead has exported."""
+    """Waits for all processes: they read what the lead has exported, and one that leaves the
+    cluster minutes before the others ends them."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 

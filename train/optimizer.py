@@ -8,6 +8,7 @@ from cnxs_jax.errors import ConfigError, did_you_mean
 
 OPTIMIZERS = ("adamw", "adam", "sgd")
 SCHEDULES = ("constant", "cosine")
+ONLY_OF = {"weight_decay": ("adamw",), "momentum": ("sgd",)}  # the optimizers that read a key
 NO_DECAY = (r".*(bias|scale|embedding|scale_shift_table)",)
 
 DEFAULTS = {

@@ -1,7 +1,6 @@
 """What the tasks are made of: config tables, latents, conditions, samples and exports."""
 
 import dataclasses
-import json
 import pathlib
 import shutil
 
@@ -14,7 +13,9 @@ from cnxs_jax.convert import lora as lora_files
 from cnxs_jax.convert import pixart
 from cnxs_jax.diffusion import schedule
 from cnxs_jax.errors import ConfigError
+from cnxs_jax.models.t5 import T5Encoder
 from cnxs_jax.pipelines.images import make_grid, to_uint8
+from cnxs_jax.pipelines.scheduler import read_json
 from cnxs_jax.storage import write_json
 from train import inputs, objectives, optimizer, validate
 
@@ -36,6 +37,7 @@ LORA = {
 def fields(module):
     """The table of the config keys of a Linen module, checked by the type of their defaults."""
     kinds = {bool: validate.boolean, int: validate.integer(1), float: validate.number()}
+    open_kinds = {"float | None": validate.number(), "int | None": validate.integer(1)}
     apart = ("parent", "name", "dtype", "quantization")
     own = [f for f in dataclasses.fields(module) if f.name not in apart]
     table = {}
@@ -43,10 +45,17 @@ def fields(module):
         kind = None
         if isinstance(field.default, tuple):
             kind = validate.booleans if isinstance(field.default[0], bool) else validate.integers()
+        if field.default is None:
+            kind = REMAT if field.name == "remat" else open_kinds.get(annotation(field))
         table[field.name] = validate.Optional(
             kind or kinds.get(type(field.default), validate.anything)
         )
     return {**table, "dtype": validate.Optional(validate.choice("float32", "bfloat16"))}
+
+
+def annotation(field):
+    """The type of a dataclass field as it is written."""
+    return field.type if isinstance(field.type, str) else str(field.type)
 
 
 def make(module, config):
@@ -72,7 +81,7 @@ def check_scheduler(config, path):
     file = pathlib.Path(path) / "scheduler" / "scheduler_config.json"
     if not file.is_file():
         return
-    found = json.loads(file.read_text())
+    found = read_json(file)
     prediction = found.get("prediction_type", "epsilon")
     if prediction != config.objective.prediction:
         raise ConfigError(
@@ -96,6 +105,8 @@ def check_fit(dit, vae, text, size, where="config.transformer"):
         raise ConfigError(
             f"in_channels {dit.in_channels}, the VAE has {vae.latent_channels}", where
         )
+    if not isinstance(text, T5Encoder):
+        raise ConfigError(f"a {type(text).__name__} is no T5 encoder", "config.text_encoder_path")
     if dit.caption_channels != text.d_model:
         raise ConfigError(
             f"caption_channels {dit.caption_channels}, the text encoder gives {text.d_model}", where
@@ -212,7 +223,7 @@ def export_beside(path, dit, resolve, scheduler):
         null = load_null_caption(path, "transformer")
         save_model(dit, resolve(ema, frozen), target / "transformer", null_caption=null)
         write_json(target / "scheduler" / "scheduler_config.json", scheduler)
-        index = json.loads((target / "model_index.json").read_text())
+        index = read_json(target / "model_index.json")
         index["scheduler"] = ["diffusers", scheduler["_class_name"]]
         write_json(target / "model_index.json", index)
 

@@ -112,6 +112,8 @@ def check_denoiser(values, where):
         raise ConfigError(
             "a frozen text encoder learns no word order", f"{where}.word_order", "leave it out"
         )
+    if not values["data"].get("tokenizer"):
+        raise ConfigError("a denoiser needs a tokenizer", f"{where}.data.tokenizer", "name one")
     learned = values["objective"].get("learned_range")
     channels = dit.get("in_channels", 4) * (2 if learned else 1)
     if dit.get("out_channels", 8) < channels:
@@ -171,6 +173,13 @@ def autoencoder(config):
         def init(key):
             return vae.init(key, jnp.zeros((1, side, side, vae.in_channels)))["params"]
 
+    if side % vae.downsample_factor:
+        near = validate.nearest(side, vae.downsample_factor)
+        raise ConfigError(
+            f"{side} px are not a multiple of {vae.downsample_factor}, the VAE's factor",
+            "config.data.size",
+            f"the nearest are {near}",
+        )
     frozen, resolve, init = frozen_part(config, init)
 
     def apply(method):
@@ -277,7 +286,7 @@ def denoiser(config):
 
     def init(key):
         key_dit, key_text = jax.random.split(key)
-        side, length = dit.sample_size, config.data.max_length
+        side, length = dit.sample_size, inputs.max_length(config)
         cond = {
             "text": jnp.zeros((1, length, dit.caption_channels)),
             "text_mask": whole_mask(length),

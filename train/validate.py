@@ -114,7 +114,7 @@ def rules(value, where):
 
 def solvers(value, where):
     """Names of the report's solvers: a wrong one would show only after the training."""
-    from eval.plan import SCHEDULERS  # evaluation is above training, which needs its names only
+    from eval.plan import SCHEDULERS  # here: evaluation imports much, and few configs ask
 
     if not sequence(value) or not value:
         raise ConfigError(f"{value!r} is not a tuple of solvers", where, "write (name,)")
@@ -126,7 +126,7 @@ def integers(length=None, low=1):
     """A tuple of integers."""
 
     def check(value, where):
-        if not sequence(value) or (length is not None and len(value) != length):
+        if not sequence(value) or not value or (length is not None and len(value) != length):
             raise ConfigError(f"{value!r} is not a tuple of {length or ''} integers", where)
         for item in value:
             integer(low)(item, where)
@@ -259,7 +259,7 @@ def task_tables(task, where):
     module, _, function = task.partition(":")
     try:
         found = importlib.import_module(module)
-    except ModuleNotFoundError as error:
+    except (ModuleNotFoundError, ValueError, TypeError) as error:  # "", ".relative"
         raise ConfigError(f"no task {task!r}: {error}", where, "write module:function") from None
     tables = getattr(found, "KEYS", {})
     if function not in tables:
@@ -301,6 +301,13 @@ def conflicts(values, where):
             f"warmup_steps {optim['warmup_steps']} is more than steps {steps}",
             f"{where}.optimizer.warmup_steps",
         )
+    for key, users in optimizer.ONLY_OF.items():
+        if optim.get(key) and optim["name"] not in users:
+            raise ConfigError(
+                f"{key} has no effect with {optim['name']}",
+                f"{where}.optimizer.{key}",
+                f"leave it out, or use {' or '.join(users)}",
+            )
     if batch % parts:
         raise ConfigError(
             f"batch_size {batch} is not divisible by grad_accum {parts}; "

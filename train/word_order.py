@@ -17,14 +17,15 @@ NAME = "neighbours"  # of the heads' kernels [offsets, width, vocabulary] among 
 
 
 def with_heads(init, text_module):
-    """`init` (parameters, or a function of a key) with the heads beside it."""
-    shape = (len(OFFSETS), text_module.d_model, text_module.vocab_size)
+    """`init` with the heads beside it: parameters, or a function of a key, as it is."""
+    shape, scale = (len(OFFSETS), text_module.d_model, text_module.vocab_size), 0.1
+    if not callable(init):  # given parameters stay on the host
+        drawn = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+        return {**init, NAME: scale * drawn}
 
     def both(key):
         key_rest, key_heads = jax.random.split(key)
-        params = init(key_rest) if callable(init) else init
-        heads = jax.random.normal(key_heads, shape) * text_module.d_model**-0.5
-        return {**params, NAME: heads}
+        return {**init(key_rest), NAME: scale * jax.random.normal(key_heads, shape)}
 
     return both
 

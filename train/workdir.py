@@ -38,6 +38,12 @@ def check_workdir(path, config, root, resume):
             path / "checkpoints",
             "add --resume to go on with it, or choose another --workdir",
         )
+    if not steps and any((path / "checkpoints").glob("*.corrupt")):
+        raise CheckpointError(
+            "every step of an earlier run was damaged and set aside",
+            path / "checkpoints",
+            "choose another --workdir, or delete this one to begin anew",
+        )
     file = path / "config.json"
     if not (steps or exported) or not file.is_file():
         return exported

@@ -38,6 +38,14 @@ def test_files_that_a_page_names_exist(page):
         assert (ROOT / place).exists() or place == "docs/results/checks.json", f"{page}: {name}"
 
 
+def test_every_example_is_on_a_page():
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    included = set(re.findall(r'--8<-- "([\w./-]+)', text))
+    files = [p for p in (ROOT / "docs" / "examples").iterdir() if p.is_file()]
+    assert files
+    assert {str(p.relative_to(ROOT)) for p in files} <= included
+
+
 def test_pictures_have_their_command():
     """A page that shows a picture has a command on it or links the page that has it."""
     for page in PAGES:

@@ -101,6 +101,7 @@ def test_rematerialisation_changes_nothing(params, remat):
 
     value, grads = jax.value_and_grad(loss)(params, None)
     value_remat, grads_remat = jax.value_and_grad(loss)(params, remat)
+    assert "remat" in str(jax.make_jaxpr(jax.grad(lambda p: loss(p, remat)))(params))
     np.testing.assert_allclose(value, value_remat, rtol=1e-6)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), grads, grads_remat
@@ -113,6 +114,14 @@ def test_unrolled_equals_scanned(params, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     scanned = run(params, x, t, cond)
     np.testing.assert_allclose(unrolled, scanned, atol=2e-5)
+
+
+@pytest.mark.parametrize(("backend", "scans"), [("gpu", 1), ("cpu", 0)])
+def test_accelerators_scan_the_blocks(params, monkeypatch, backend, scans):
+    """One block in the program, or all of them: values do not tell."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    text = jax.jit(lambda p: run(p, *inputs())).lower(params).as_text()
+    assert ("stablehlo.while" in text) == bool(scans)
 
 
 def test_padding_tokens_have_no_influence(params):

@@ -19,7 +19,7 @@ import pytest
 
 import configs.pixart_lcm
 from cnxs_jax import checkpoint, precision, sharding
-from cnxs_jax.errors import CheckpointError, ConfigError, NumericsError
+from cnxs_jax.errors import CheckpointError, ConfigError, NumericsError, Stopped
 from tests import checks
 from tests.train import toy
 from train import log, loop
@@ -246,7 +246,8 @@ def test_processes_meet_after_every_stage(tmp_path, monkeypatch):
     config = toy.stages()
     del config.second.toy.reads
     loop.main(config, tmp_path)
-    assert seen == ["export", "finished first", "export", "finished second"]
+    met = [("export", f"finished {name}", f"report of {name}") for name in ("first", "second")]
+    assert seen == [*met[0], *met[1]]
 
 
 @pytest.mark.parametrize(
@@ -367,6 +368,33 @@ def test_twenty_kills_change_nothing(tmp_path, devices):
         check_kills(tmp_path / str(trial), 5, devices)
     checks.record("SIGKILL and resume", kills=20, devices=devices, differing_losses=0,
                   differing_leaves=0)  # fmt: skip
+
+
+def test_a_signal_during_the_export_stops_before_the_next_stage(tmp_path, monkeypatch):
+    finish = loop.Fit.finish
+
+    def interrupted(self, *args):
+        finish(self, *args)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    config = toy.stages()
+    first, second = config.stages
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match=f"{first} is finished"):
+        patch.setattr(loop.Fit, "finish", interrupted)
+        loop.main(config, tmp_path)
+    assert (tmp_path / first / "export").is_dir()
+    assert not (tmp_path / second).exists()
+    loop.main(config, tmp_path, resume=True)
+    assert (tmp_path / second / "export").is_dir()
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_whose_every_step_was_damaged_is_not_begun_anew(resume, tmp_path):
+    """The first start says so; the next one must not take the directory for a new one."""
+    (tmp_path / "checkpoints" / "20.corrupt").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="was damaged and set aside"):
+        loop.main(toy.config(), tmp_path, resume)
+    assert not (tmp_path / "metrics.jsonl").exists()
 
 
 def test_help_and_mistakes_are_one_message(tmp_path):

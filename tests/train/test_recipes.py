@@ -62,6 +62,26 @@ def test_the_teacher_is_a_pipeline_with_its_vae_scaled(teacher):
     assert pipe.components["vae"].module.scaling_factor == vae["scaling_factor"]
 
 
+def test_the_last_stage_starts_from_the_teacher_and_leaves_its_heads_behind(teacher):
+    before, after = (
+        {part: trees.flatten(cnxs_jax.load_model(teacher / stage / "export", part)[1])
+         for part in ("transformer", "text_encoder")}
+        for stage in ("teacher", "relations")
+    )  # fmt: skip
+    for part, weights in before.items():
+        assert weights.keys() == after[part].keys()
+        moved = [float(np.abs(after[part][k] - v).max()) for k, v in weights.items()]
+        assert 0 < max(moved) < 0.1, part
+    assert "word_order" in log.read_metrics(teacher / "relations" / "metrics.jsonl")[0]
+
+
+def test_another_size_than_the_pipeline_to_start_from_is_named(teacher):
+    config = loop.expand(configs.pixart.get_config("smoke").relations, teacher)
+    config.transformer.num_layers = 3
+    with pytest.raises(ConfigError, match="init_path"):
+        loop.build_task(config)
+
+
 def test_the_decoder_is_trained_on_and_the_latents_stay(teacher):
     before, after = (teacher / stage / "export" / "vae" for stage in ("vae", "decoder"))
     (vae, old), (again, new) = cnxs_jax.load_model(before), cnxs_jax.load_model(after)
