@@ -379,9 +379,10 @@ def test_a_signal_during_the_export_stops_before_the_next_stage(tmp_path, monkey
 
     config = toy.stages()
     first, second = config.stages
-    with monkeypatch.context() as patch, pytest.raises(Stopped, match=f"{first} is finished"):
+    with monkeypatch.context() as patch:
         patch.setattr(loop.Fit, "finish", interrupted)
-        loop.main(config, tmp_path)
+        with pytest.raises(Stopped, match=f"{first} is finished"):
+            loop.main(config, tmp_path)
     assert (tmp_path / first / "export").is_dir()
     assert not (tmp_path / second).exists()
     loop.main(config, tmp_path, resume=True)
