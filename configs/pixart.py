@@ -1,12 +1,15 @@
 r"""The embedded PixArt: a tiny VAE, T5 and DiT trained on emoji scenes, from nothing.
 
 PixArt-alpha (arXiv 2310.00426): DiT with adaLN-single and cross-attention to T5, linear betas from
-1e-4 to 0.02. Three stages, each in its own directory below `--workdir`:
+1e-4 to 0.02. Four stages, each in its own directory below `--workdir`:
 
   vae      AutoencoderKL, 4x down, 8 latent channels. L1 + L2 + edges + KL, no adversary.
   decoder  The same with its encoder fixed, as Stable Diffusion's VAEs were finished: the latents
            stay what they are, the pictures get sharper.
   teacher  DiT, 64 tokens of 64 px pictures, and its T5 encoder trained along.
+  relations  The same trained on with more scenes of several things whose caption names their
+           relation, at noise levels where the layout is decided, while linear heads make T5 tell
+           the order of the words (`train.word_order`).
 
 What differs from the paper, and why:
   - T5 is trained with the DiT: a frozen XXL encoder (4.8 B parameters) does not fit two cores.
@@ -25,7 +28,7 @@ Run:
 On Linux faster with the allocator kept from giving its pages back in every step:
   GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8000000000:\
 glibc.malloc.trim_threshold=16000000000 python -m train ...
-The result, a diffusers directory, is `runs/pixart/teacher/export`.
+The result, a diffusers directory, is `runs/pixart/relations/export`.
 """
 
 from ml_collections import ConfigDict
@@ -34,7 +37,7 @@ VARIANTS = ("tiny", "smoke")
 
 
 def get_config(variant="tiny"):
-    """`:tiny` (default) is what `cnxs_jax/assets/pixart_tiny` was made with."""
+    """`:tiny` (default) makes what `cnxs_jax/assets/pixart_tiny/README.md` describes."""
     if variant not in VARIANTS:
         raise ValueError(f"unknown variant {variant!r}, use one of {', '.join(VARIANTS)}")
     config = ConfigDict()
