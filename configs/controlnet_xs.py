@@ -151,7 +151,7 @@ def tiny():
     config.guidance_scale = 3.0
     config.sample_every = 250
     config.save_every = 250
-    config.control.block_out_channels = (12, 16, 24)
+    config.control.block_out_channels = (8, 16, 24)
     config.control.conditioning_embedding_out_channels = (16, 32, 64)  # 4 pixels a latent
     config.optimizer.learning_rate = 1e-3
     config.optimizer.schedule = "cosine"
