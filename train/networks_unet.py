@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cnxs_jax.convert import families, single_file
+from cnxs_jax.data import text
 from cnxs_jax.errors import ConfigError, did_you_mean
 from train import validate
 
@@ -31,7 +33,6 @@ class Networks(NamedTuple):
 
     Attributes:
         texts: (module, params) of one text encoder or of SDXL's two.
-        pads: the padding token of each one's tokenizer.
         zero_null: whether the unconditional text is zeros instead of the empty prompt's.
     """
 
@@ -40,7 +41,6 @@ class Networks(NamedTuple):
     vae: Any
     vae_params: Any
     texts: tuple
-    pads: tuple = (0, 0)
     zero_null: bool = False
 
     @property
@@ -116,9 +116,20 @@ def modules(path):
     return found
 
 
-def max_tokens(tokenizer, text):
+def tokenizing(tokenizers):
+    """`tokenize` for `train.inputs`: ids [B,L], of several tokenizers [B,N,L], and a mask [B,L]."""
+
+    def tokenize(_, captions, length):
+        found = [text.tokenize(each, captions, length) for each in tokenizers]
+        ids = [ids for ids, _ in found]
+        return ids[0] if len(ids) == 1 else np.stack(ids, axis=1), found[0][1]
+
+    return tokenize
+
+
+def max_tokens(tokenizer, encoder):
     """Tokens a text is padded or cut to, as the pipeline does it."""
-    return min(tokenizer.model_max_length, text.max_position_embeddings)
+    return min(tokenizer.model_max_length, encoder.max_position_embeddings)
 
 
 def check_fit(unet, vae, width, size):
@@ -140,14 +151,11 @@ def check_fit(unet, vae, width, size):
 
 
 def embed(nets, encoders, tokens):
-    """`text` [B,L,D] and SDXL's `pooled` [B,P] of {"input_ids", "attention_mask"} [B,L].
-
-    Both tokenizers of SDXL have the same tokens, and pad with different ones.
-    """
-    outs = []
-    for name, (module, _), pad in zip(TEXTS, nets.texts, nets.pads, strict=False):
-        ids = jnp.where(tokens["attention_mask"] > 0, tokens["input_ids"], pad)
-        outs.append(module.apply({"params": encoders[name]}, ids))
+    """`text` [B,L,D] and SDXL's `pooled` [B,P] of `input_ids`: [B,L], or [B,N,L] for N encoders."""
+    ids, outs = tokens["input_ids"], []
+    for i, (name, (module, _)) in enumerate(zip(TEXTS, nets.texts, strict=False)):
+        own = ids[:, i] if ids.ndim == 3 else ids
+        outs.append(module.apply({"params": encoders[name]}, own))
     if len(outs) == 1:
         return {"text": outs[0]["last"]}
     both = [out["penultimate"] for out in outs]
@@ -158,7 +166,7 @@ def condition(nets, encoders, raw, empty, rate, key):
     """The UNet's conditions of a raw batch, with a share `rate` of the captions dropped.
 
     Args:
-        empty: ids and mask [1,L] of the empty prompt.
+        empty: `input_ids` of the empty prompt.
     """
     given = embed(nets, encoders, raw)
     zeros = jax.tree.map(jnp.zeros_like, given)

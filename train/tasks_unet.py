@@ -230,9 +230,10 @@ def controller(config):
     """Trains a controller on the pipeline at `base_path` and exports it in diffusers' layout."""
     path = config.base_path
     tokenizers, nets = open_base(config, path)
-    options = {"tokenizer_path": f"{path}/tokenizer", "keys": ARRAYS, "tokenize": texts.tokenize}
-    loader, _ = inputs.open_loader(config, **options)
-    empty = inputs.tokens(config, tokenizers[0], [""], texts.tokenize)
+    tokenize = networks_unet.tokenizing(tokenizers)
+    options = {"tokenizer_path": f"{path}/tokenizer", "keys": ARRAYS, "tokenize": tokenize}
+    loader, tokenizer = inputs.open_loader(config, **options)
+    empty = inputs.tokens(config, tokenizer, [""], tokenize)
     task, module = controlled(config, nets, empty)
     sample = sampler(config, module, nets.bare, tokenizers)
 
@@ -249,13 +250,11 @@ def open_base(config, path):
     nets = networks_unet.load(config, path)
     names = ("tokenizer", "tokenizer_2")[: len(nets.texts)]
     tokenizers = tuple(texts.load_tokenizer(f"{path}/{name}") for name in names)
-    if any(other.get_vocab() != tokenizers[0].get_vocab() for other in tokenizers[1:]):
-        raise ConfigError("two tokenizers with different tokens", str(path), "SDXL's are alike")
     check_scheduler(config, path)
     check_length(config, tokenizers[0], nets.texts[0][0])
     width = sum(module.hidden_size for module, _ in nets.texts)
     networks_unet.check_fit(nets.unet, nets.vae, width, config.data.size)
-    return tokenizers, nets._replace(pads=tuple(t.pad_token_id for t in tokenizers))
+    return tokenizers, nets
 
 
 def controlled(config, nets, empty):
