@@ -17,11 +17,12 @@ import configs.sd
 from cnxs_jax import control, sharding
 from cnxs_jax import tree as trees
 from cnxs_jax.control import hints
+from cnxs_jax.convert import controlnet_xs as layouts
 from cnxs_jax.diffusion import sampling
 from cnxs_jax.errors import ConfigError
 from cnxs_jax.pipelines import request as requests
 from tests.pipelines import tiny_sd
-from train import inputs, log, loop, networks_unet, objectives, tasks_unet, validate
+from train import abstract, inputs, log, loop, networks_unet, objectives, tasks_unet, validate
 from train.parts import noise_schedule
 
 pytestmark = pytest.mark.filterwarnings("ignore:caption has")
@@ -313,6 +314,58 @@ def test_the_block_types_of_a_unet_are_checked():
         config.unet.down_block_types = (1, 2)
     with pytest.raises(ConfigError, match="1 is not a string"):
         validate.check(config)
+
+
+# --- the published sizes ----------------------------------------------------------------------
+
+# Parameters to train, of the base; width of the text. The released training code's figures.
+SIZES = {
+    "sd21": (14_186_356, 865_910_724, 1024),
+    "sd15": (52_661_392, 859_520_964, 768),
+    "sdxl": (20_177_984, 2_567_463_684, 2048),
+}
+NAMES = {"sd21": "sd21_14m", "sd15": "sd15_53m", "sdxl": "sdxl_20m"}
+
+
+@pytest.mark.parametrize("variant", SIZES)
+def test_the_figures_are_those_of_the_released_code(variant):
+    config = configs.controlnet_xs.get_config(variant)
+    validate.check(config)
+    optimizer, xl = config.optimizer, variant == "sdxl"
+    assert (optimizer.name, optimizer.weight_decay, optimizer.schedule) == (
+        "adamw",
+        0.01,
+        "constant",
+    )
+    assert (optimizer.learning_rate, optimizer.clip_norm) == ((1e-4, 0.01) if xl else (1e-5, None))
+    assert (config.data.size, config.data.hint, config.steps) == (512, "canny", 500_000)
+    assert (config.schedule.beta_start, config.schedule.beta_end) == (0.00085, 0.012)
+    assert config.objective.prediction == "epsilon"
+
+
+@pytest.mark.parametrize(
+    "variant", [pytest.param(v, marks=[pytest.mark.slow] * (v != "sd21")) for v in SIZES]
+)
+def test_state_and_batch_build_on_shapes(variant):
+    """The adapter has the published number of parameters, alone; nothing is allocated."""
+    config = configs.controlnet_xs.get_config(variant)
+    config.batch_size = 2
+    adapter, base, width = SIZES[variant]
+    task, module, shapes = abstract.built(config)
+    state, batch = shapes["state"], shapes["batch"]
+    assert trees.size(state.params) == trees.size(state.ema) == adapter
+    assert {str(v.dtype) for v in jax.tree.leaves(state.params)} == {"float32"}
+    assert trees.size(state.opt_state) < 2 * adapter + 8
+    assert trees.size(shapes["frozen"]) == base
+    assert {str(v.dtype) for v in jax.tree.leaves(shapes["frozen"])} == {"bfloat16"}
+    assert batch["x"].shape == (2, 64, 64, 4)
+    assert batch["cond"]["hint"].shape == (2, 512, 512, 3)
+    assert batch["cond"]["text"].shape == (2, 77, width)
+    assert ("pooled" in batch["cond"]) == (variant == "sdxl")
+    published = layouts.PUBLISHED[NAMES[variant]]
+    for name, value in published.items():
+        per_level = module.control.per_level
+        assert per_level(getattr(module.control, name)) == per_level(value), name
 
 
 # --- from start to end ------------------------------------------------------------------------
