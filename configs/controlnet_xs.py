@@ -146,13 +146,13 @@ def tiny():
     config.base_path = "{assets}/sd_tiny"
     config.dtype = "float32"
     config.matmul_precision = "auto"
-    config.steps = 1500
+    config.steps = 700
     config.batch_size = 32
     config.ema_decay = 0.99
     config.caption_dropout = 0.1
     config.guidance_scale = 3.0
-    config.sample_every = 250
-    config.save_every = 250
+    config.sample_every = 175
+    config.save_every = 175
     config.control.block_out_channels = (8, 16, 24)
     config.control.conditioning_embedding_out_channels = (16, 32, 64)  # 4 pixels a latent
     config.optimizer.learning_rate = 1e-3
