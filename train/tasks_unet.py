@@ -110,7 +110,8 @@ def check_controller(values, where):
             "give either size_ratio or block_out_channels, the size of a ControlNet-XS",
             f"{where}.control.size_ratio",
         )
-    if (own.get("time_embedding_mix") or 1.0) < 1.0 and not own.get("learn_time_embedding"):
+    mix = own.get("time_embedding_mix")
+    if mix is not None and mix < 1.0 and not own.get("learn_time_embedding"):
         raise ConfigError(
             "a mix below 1 needs an embedding to mix in",
             f"{where}.control.time_embedding_mix",
