@@ -13,6 +13,7 @@ from cnxs_jax import backend, sharding
 from cnxs_jax import tree as trees
 from cnxs_jax.convert import families, quantize
 from cnxs_jax.diffusion import solvers
+from cnxs_jax.errors import ConfigError
 from cnxs_jax.pipelines import base
 from eval import flops
 from train import inputs, networks, optimizer
@@ -82,7 +83,7 @@ def built(config):
     tx, kept = optimizer.make_optimizer(config.optimizer, config.steps), []
 
     def make():
-        found = networks.zeros(config, config[recipe.path])
+        found = (recipe.zeros or networks.zeros)(config, config[recipe.path])
         length = inputs.max_length(config)
         one = jnp.ones((1, length), jnp.int32)
         task, more = recipe.build(config, found, {"input_ids": one, "attention_mask": one})
@@ -106,6 +107,7 @@ def raw_batch(config, recipe):
     """A batch of zeros as the loader gives it."""
     batch, side, length = config.batch_size, config.data.size, inputs.max_length(config)
     kinds = {"image": ((side, side, 3), jnp.uint8), "edges": ((side, side), jnp.bool_)}
+    kinds["hint"] = kinds["image"]
     raw = {name: jnp.zeros((batch, *kinds[name][0]), kinds[name][1]) for name in recipe.arrays}
     tokens = jnp.ones((batch, length), jnp.int32)
     return raw | {"input_ids": tokens, "attention_mask": tokens}
@@ -150,8 +152,12 @@ def sampling_stages(config, steps=4, guidance=0.0, quantized=None, tile=None, ba
         quantized: "int8" for the text encoder.
         tile: latents a side that the autoencoder decodes at once.
     """
+    recipe = networks.recipe_of(config)
+    if recipe.zeros is not None:
+        what = "of this task only the train step can be planned, not sampling"
+        raise ConfigError(what, config.task, "--what=train")
     with backend.assume(backend.ACCELERATOR):
-        found = networks.modules(config, config[networks.recipe_of(config).path])
+        found = networks.modules(config, config[recipe.path])
         text, latents = text_stage(config, found, quantized, batch), latent_shape(config, found)
         loop = denoise_stage(config, found, steps, guidance, latents, batch)
         vae, weights = found["vae"]

@@ -124,6 +124,9 @@ def write(config, out, shard, dtype="float32", batch_size=8):
     from train.workdir import plain
 
     recipe = networks.recipe_of(config)
+    if not recipe.cacheable:
+        what = "the features of this task cannot be stored"
+        raise errors.ConfigError(what, "config.task", "train on the pictures")
     path = config[recipe.path]
     source = inputs.open_source(config, truth=recipe.arrays != ("image",))
     if len(source) > TOO_MANY:

@@ -1,9 +1,13 @@
-"""A config's data: the loader, a few fixed examples to look at, tokens and the null caption."""
+"""A config's data: the loader, a few fixed examples to look at, tokens and the null caption.
+
+With `data.hint` every example has a control picture, too (`Hinted`).
+"""
 
 import jax
 import numpy as np
 
 from cnxs_jax import sharding
+from cnxs_jax.control import hints
 from cnxs_jax.data import buckets, caption_cleaning, features, pipeline, text
 from cnxs_jax.errors import CheckpointError, ConfigError
 from train import validate
@@ -24,11 +28,49 @@ KEYS = {
 }
 
 
+HINT = {"hint": validate.choice(*hints.HINTS)}  # of tasks that show a control picture
+
+
+class Hinted:
+    """A source whose examples have a control picture beside the image: `hint` uint8 [H,W,3].
+
+    Canny's thresholds are drawn for each example, from its index: the same in every epoch.
+    """
+
+    def __init__(self, source, name, seed):
+        self.source, self.name, self.seed = source, name, seed
+
+    def __len__(self):
+        return len(self.source)
+
+    def __repr__(self):
+        return f"Hinted({self.name}, {self.source!r})"
+
+    def __getitem__(self, index):
+        example, hint = self.source[index], hints.named(self.name)
+        if hint.source == "labels":
+            given = hints.label_map(example["masks"])
+        else:
+            given = example[hint.source]
+        options = {}
+        if self.name == "canny":
+            options["rng"] = np.random.default_rng([self.seed, int(index)])
+        picture = hint.draw(given[None], **options)[0]
+        return {**example, "hint": np.round(255 * picture).astype(np.uint8)}
+
+
+def wants_truth(keys):
+    """Whether these arrays of an example come from a scene's exact truth."""
+    return not set(keys) <= {"image", "hint"}
+
+
 def open_source(config, seed=None, truth=False):
     """The source of examples of `config.data`; `truth` adds masks, edges and depth."""
     data = config.data
     options = {k: data[k] for k in ("num_concepts", "relations") if data.get(k)}
     seed = data.get("seed") or 0 if seed is None else seed
+    hint = data.get("hint")
+    truth = truth or (hint is not None and hints.named(hint).source != "image")
     source = pipeline.open_source(
         data.source,
         data.get("split", "train"),
@@ -38,6 +80,8 @@ def open_source(config, seed=None, truth=False):
         root=data.get("root"),
         **options,
     )
+    if hint is not None:
+        source = Hinted(source, hint, seed)
     number = data.get("num_examples")
     return source if number in (None, len(source)) else pipeline.First(source, number)
 
@@ -47,15 +91,22 @@ def max_length(config):
     return config.data.get("max_length") or text.MAX_LENGTH
 
 
-def open_loader(config, tokens=True, tokenizer_path=None, keys=("image",), encoded=False):
+def open_loader(
+    config,
+    tokens=True,
+    tokenizer_path=None,
+    keys=("image",),
+    encoded=False,
+    tokenize=caption_cleaning.tokenize,
+):
     """`(loader, tokenizer)`: this process's rows of the batches.
 
     No tokenizer without `tokens`, or where the source has its texts encoded (`data.features`).
 
     `keys` are the arrays of an example to stack, such as "edges"; `encoded` says that the task can
-    read cached features in their place.
+    read cached features in their place; `tokenize` treats texts as the task's pipeline does.
     """
-    source = open_source(config, truth=tuple(keys) != ("image",))
+    source = open_source(config, truth=wants_truth(keys))
     cached = isinstance(source, features.FeatureSource)
     if cached and not encoded:
         fix = "give it the data that the features were made of"
@@ -68,7 +119,7 @@ def open_loader(config, tokens=True, tokenizer_path=None, keys=("image",), encod
         "seed": config.seed,
         "rows": rows(config),
         "tokenizer": tokenizer,
-        "tokenize": caption_cleaning.tokenize,
+        "tokenize": tokenize,
         "max_length": max_length(config),
     }
     if config.data.get("buckets"):
@@ -91,16 +142,16 @@ def rows(config):
 
 def examples(config, number, keys=("image",)):
     """The first `number` examples of another seed than training's: {"caption", *keys}."""
-    seed, truth = (config.data.get("seed") or 0) + 1, tuple(keys) != ("image",)
-    source = open_source(config, seed=seed, truth=truth)
+    seed = (config.data.get("seed") or 0) + 1
+    source = open_source(config, seed=seed, truth=wants_truth(keys))
     found = [source[i % len(source)] for i in range(number)]
     stacked = {key: np.stack([e[key] for e in found]) for key in keys}
     return {**stacked, "caption": [e["caption"] for e in found]}
 
 
-def tokens(config, tokenizer, captions):
+def tokens(config, tokenizer, captions, tokenize=caption_cleaning.tokenize):
     """{"input_ids", "attention_mask"} of captions."""
-    ids, mask = caption_cleaning.tokenize(tokenizer, captions, max_length(config))
+    ids, mask = tokenize(tokenizer, captions, max_length(config))
     return {"input_ids": ids, "attention_mask": mask}
 
 

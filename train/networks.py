@@ -51,12 +51,16 @@ class Recipe:
         build: `(config, networks, empty) -> (Task, more)`: the step, without data and results.
         arrays: the arrays of an example that it reads.
         hint: `raw -> uint8 picture [B,H,W,3]` of the control picture, or None.
+        zeros: `(config, path) -> networks` of zeros, for the planner; PixArt's unless given.
+        cacheable: whether `train.cache` can store what its encoders make.
     """
 
     path: str
     build: Callable
     arrays: tuple = ("image",)
     hint: Callable | None = None
+    zeros: Callable | None = None
+    cacheable: bool = True
 
 
 def load(config, path, cached=False):

@@ -38,18 +38,19 @@ def fields(module):
     """The table of the config keys of a Linen module, checked by the type of their defaults."""
     kinds = {bool: validate.boolean, int: validate.integer(1), float: validate.number()}
     open_kinds = {"float | None": validate.number(), "int | None": validate.integer(1)}
+    each = {bool: validate.booleans, int: validate.integers(), str: validate.texts}
     apart = ("parent", "name", "dtype", "quantization")
     own = [f for f in dataclasses.fields(module) if f.name not in apart]
     table = {}
     for field in own:
-        kind = None
+        kind = kinds.get(type(field.default))
         if isinstance(field.default, tuple):
-            kind = validate.booleans if isinstance(field.default[0], bool) else validate.integers()
-        if field.default is None:
+            kind = each[type(field.default[0])]
+        elif field.default is None:
             kind = REMAT if field.name == "remat" else open_kinds.get(annotation(field))
-        table[field.name] = validate.Optional(
-            kind or kinds.get(type(field.default), validate.anything)
-        )
+        elif type(field.default) is int and annotation(field) == "int | tuple":
+            kind = validate.counts
+        table[field.name] = validate.Optional(kind or validate.anything)
     return {**table, "dtype": validate.Optional(validate.choice("float32", "bfloat16"))}
 
 
@@ -120,6 +121,16 @@ def check_fit(dit, vae, text, size, where="config.transformer"):
         )
 
 
+def check_tokenizer(tokenizer, text, where="config.text_encoder"):
+    """Raises ConfigError unless a CLIP text encoder has a row for every token and knows the end."""
+    if len(tokenizer) > text.vocab_size:  # a lookup beyond the table would be NaN
+        what = f"vocab_size {text.vocab_size} is less than the tokenizer's {len(tokenizer)}"
+        raise ConfigError(what, f"{where}.vocab_size")
+    if tokenizer.eos_token_id != text.eos_token_id:
+        what = f"eos_token_id {text.eos_token_id}, the tokenizer ends with {tokenizer.eos_token_id}"
+        raise ConfigError(what, f"{where}.eos_token_id")
+
+
 def to_signed(image):
     """uint8 [0, 255] -> float32 [-1, 1]."""
     return image.astype(jnp.float32) / 127.5 - 1.0
@@ -178,20 +189,22 @@ def scheduler_config(config, class_name, **options):
     }
 
 
-def outputs(config, components, tokenizer, scheduler, options, resolve):
-    """`(sample, export)` of a task whose result is a whole PixArt pipeline.
+def outputs(
+    config, components, tokenizer, scheduler, options, resolve, family="PixArtAlphaPipeline"
+):
+    """`(sample, export)` of a task whose result is a whole pipeline of this family.
 
     `resolve` makes the network's parameters of the trained and the frozen ones.
     """
 
     def pipeline(ema, frozen, encoders):
         from cnxs_jax.pipelines.base import Component
-        from cnxs_jax.pipelines.pixart import PixArtAlphaPipeline
+        from cnxs_jax.pipelines.pipeline import FAMILIES
 
         found = components(resolve(ema, frozen), encoders)
         parts = {k: Component(*v) for k, v in found.items()}
         null = encoders.get("null")
-        return PixArtAlphaPipeline(parts, tokenizer, scheduler, null_text=null)
+        return FAMILIES[family](parts, tokenizer, scheduler, null_text=null)
 
     captions = inputs.examples(config, 16)["caption"]
 

@@ -13,7 +13,7 @@ from cnxs_jax.models.clip import CLIPTextModelWithProjection, CLIPVisionModelWit
 from cnxs_jax.models.conditioning import clip_pixels
 from train import inputs
 from train.loop import Task
-from train.parts import fields, make
+from train.parts import check_tokenizer, fields, make
 
 MAX_SCALE = 100.0  # of the logits (section 2.5)
 KEYS = {
@@ -45,12 +45,7 @@ def contrastive(config):
     text = make(CLIPTextModelWithProjection, config.text_encoder)
     image = make(CLIPVisionModelWithProjection, config.image_encoder)
     loader, tokenizer = inputs.open_loader(config)
-    if len(tokenizer) > text.vocab_size:
-        what = f"vocab_size {text.vocab_size} is less than the tokenizer's {len(tokenizer)}"
-        raise ConfigError(what, "config.text_encoder.vocab_size")
-    if tokenizer.eos_token_id != text.eos_token_id:
-        what = f"eos_token_id {text.eos_token_id}, the tokenizer ends with {tokenizer.eos_token_id}"
-        raise ConfigError(what, "config.text_encoder.eos_token_id")
+    check_tokenizer(tokenizer, text)
 
     def encode(encoders, raw, key):
         pixels = clip_pixels(raw["image"].astype(jnp.float32) / 255.0, image.image_size)

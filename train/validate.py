@@ -134,6 +134,20 @@ def integers(length=None, low=1):
     return check
 
 
+def counts(value, where):
+    """A positive integer, or a tuple of them."""
+    for item in value if sequence(value) else (value,):
+        integer(1)(item, where)
+
+
+def texts(value, where):
+    """A tuple of strings."""
+    if not sequence(value) or not value:
+        raise ConfigError(f"{value!r} is not a tuple of strings", where)
+    for item in value:
+        text(item, where)
+
+
 def booleans(value, where):
     """A tuple of True and False."""
     if not sequence(value):

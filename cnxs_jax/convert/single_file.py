@@ -95,13 +95,16 @@ class Part:
                 where,
                 "give `config`, a dict or a config.json with diffusers' names",
             )
-        if self.component == "unet":
-            return unet.PUBLISHED[self.kind]
-        return _OTHERS[self.kind][self.component]
+        return published(self.kind, self.component)
 
     def table(self, module):
         """The rule table of this component for its module."""
         return table_of(self.kind, self.component, module)
+
+
+def published(kind, component):
+    """The config of a published component where it differs from the fields' defaults."""
+    return unet.PUBLISHED[kind] if component == "unet" else _OTHERS[kind][component]
 
 
 def table_of(kind: str, component: str, module: typing.Any):

@@ -1,0 +1,130 @@
+r"""The embedded Stable Diffusion: a tiny UNet and CLIP text encoder trained on emoji scenes.
+
+The layout of Stable Diffusion (arXiv 2112.10752): a UNet with cross-attention to a causal CLIP text
+encoder, on latents of the embedded PixArt's VAE (4x down, 8 channels, 16x16 of 64 px pictures).
+
+  :tiny   about 4 M parameters (the default)
+  :smoke  six steps of a smaller one at 32 px, to test the plumbing
+
+What differs from the paper, and why:
+  - the text encoder is trained with the UNet: CLIP's words are not those of the scenes. All tokens
+    are attended to, padding too, as in Stable Diffusion.
+  - v-prediction on linear betas from 1e-4 to 0.02 instead of noise on scaled-linear ones: those
+    leave 7 % of the signal at the last step, from which so small a picture's colours can be read,
+    and sampling starts without them.
+  - timesteps are logit-normal (arXiv 2403.03206), each picture is encoded once and noised twice,
+    products take bfloat16 factors where that is faster, as in `configs/pixart.py`.
+
+Run:
+  python -m train --config=configs/sd.py --workdir=runs/sd            # :tiny
+  python -m train --config=configs/sd.py:smoke --workdir=runs/smoke   # tests the plumbing
+  python -m train --config=configs/sd.py --workdir=runs/sd --resume   # go on
+The result, a directory that diffusers' StableDiffusionPipeline opens, is `runs/sd/export`: the base
+of `configs/controlnet_xs.py`.
+"""
+
+from ml_collections import ConfigDict
+
+VARIANTS = ("tiny", "smoke")
+
+
+def get_config(variant="tiny"):
+    """The recipe of one variant of `VARIANTS`."""
+    if variant not in VARIANTS:
+        raise ValueError(f"unknown variant {variant!r}, use one of {', '.join(VARIANTS)}")
+    config = tiny()
+    return smoke(config) if variant == "smoke" else config
+
+
+def tiny():
+    config = ConfigDict()
+    config.name = "sd"
+    config.task = "train.tasks_unet:base"
+    config.seed = 0
+    config.steps = 8000
+    config.batch_size = 32
+    config.grad_accum = 1
+    config.ema_decay = 0.999
+    config.ema_warmup = True
+    config.matmul_precision = "auto"
+    config.log_every = 50
+    config.save_every = 500
+    config.sample_every = 1000
+    config.max_to_keep = 2
+    config.mesh = ConfigDict({"expert": 1, "data": -1, "fsdp": 1, "tensor": 1})
+    config.rules = ()  # of placement, before the library's own (`sharding.MODEL_RULES`)
+    config.vae_path = "{assets}/pixart_tiny/vae"
+    config.caption_dropout = 0.1
+    config.guidance_scale = 3.0  # of the pictures that a run draws
+    config.data = ConfigDict()
+    config.data.source = "emoji_scenes"
+    config.data.split = "train"
+    config.data.size = 64
+    config.data.seed = 0
+    config.data.relations = 0.0  # share of captions that name a relation for certain
+    config.data.tokenizer = "{assets}/sd_tiny/tokenizer"
+    config.data.max_length = 24
+    config.optimizer = ConfigDict()
+    config.optimizer.name = "adamw"
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.schedule = "cosine"
+    config.optimizer.warmup_steps = 300
+    config.optimizer.final_scale = 0.02
+    config.optimizer.b2 = 0.99
+    config.optimizer.weight_decay = 0.01
+    config.optimizer.clip_norm = 1.0
+    config.unet = unet((48, 64, 96), (2, 2, 3), 96)
+    config.text_encoder = text_encoder(96, 3)
+    config.schedule = ConfigDict()
+    config.schedule.name = "linear"
+    config.schedule.beta_start = 1e-4
+    config.schedule.beta_end = 0.02
+    config.schedule.num_steps = 1000
+    config.objective = ConfigDict()
+    config.objective.prediction = "v_prediction"
+    config.objective.logit_normal = (-0.5, 1.0)
+    config.objective.noises = 2
+    return config
+
+
+def unet(widths, heads, text_width):
+    """Stable Diffusion's order of blocks: no attention at the lowest resolution."""
+    config = ConfigDict()
+    levels = len(widths)
+    config.sample_size = 16
+    config.in_channels = config.out_channels = 8
+    config.block_out_channels = widths
+    config.layers_per_block = 2
+    config.down_block_types = ("CrossAttnDownBlock2D",) * (levels - 1) + ("DownBlock2D",)
+    config.up_block_types = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (levels - 1)
+    config.attention_head_dim = heads  # numbers of heads, in spite of the name
+    config.cross_attention_dim = text_width
+    config.norm_num_groups = 16
+    config.use_linear_projection = True
+    return config
+
+
+def text_encoder(width, layers):
+    config = ConfigDict()
+    config.vocab_size = 791  # of the tokenizer, whose last token ends a text
+    config.eos_token_id = 790
+    config.max_position_embeddings = 24
+    config.hidden_size = width
+    config.intermediate_size = 4 * width
+    config.projection_dim = width
+    config.num_hidden_layers = layers
+    config.num_attention_heads = max(width // 32, 1)
+    return config
+
+
+def smoke(config):
+    """A few steps of the smallest networks, to test the plumbing."""
+    config.steps, config.batch_size = 6, 8
+    config.log_every, config.save_every, config.sample_every = 1, 3, 6
+    config.optimizer.warmup_steps = 2
+    config.data.size = 32
+    config.unet = unet((16, 32), (1, 2), 16)
+    config.unet.sample_size = 8
+    config.unet.layers_per_block = 1
+    config.text_encoder = text_encoder(16, 1)
+    return config
