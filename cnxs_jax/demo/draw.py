@@ -10,7 +10,7 @@ from cnxs_jax import __version__
 from cnxs_jax.demo import inputs
 from cnxs_jax.errors import ConfigError
 
-ROLES = ("teacher", "student")
+ROLES = {1: ("model",), 2: ("teacher", "student")}  # by their number
 # Steps and size make a program each; so many are kept, or a page would fill the memory.
 MAX_PROGRAMS = 32
 
@@ -76,7 +76,7 @@ class Studio:
 
 def studio(names, pipes):
     """The `Studio` of one or two pipelines; raises ConfigError where they do not go together."""
-    models = tuple(Model(*row) for row in zip(ROLES[: len(pipes)], names, pipes, strict=True))
+    models = tuple(Model(*row) for row in zip(ROLES[len(pipes)], names, pipes, strict=True))
     made = Studio(models)
     wanted = {bool(getattr(model.pipe, "controllers", ())) for model in models}
     if len(wanted) > 1:

@@ -22,16 +22,18 @@ CANVAS_STYLE = """
            align-self: flex-start; }
   .tools { display: flex; flex-direction: column; gap: 6px; }
   .row { display: flex; gap: 6px; align-items: center; flex-wrap: wrap; }
-  .colour { width: 24px; height: 24px; border-radius: 50%; border: 1px solid #8888; }
+  .colour { flex: none; width: 24px; height: 24px; padding: 0; border-radius: 50%;
+            border: 1px solid #8888; }
   .chosen { outline: 3px solid #8888; }
   .clear { padding: 2px 10px; border: 1px solid #8888; border-radius: 4px; }
   input[type=text] { width: 14em; padding: 2px 6px; border: 1px solid #8888; border-radius: 4px; }
 """
 PICTURES_STYLE = """
-  .pictures { display: flex; gap: 12px; flex-wrap: wrap; min-height: 4px; }
+  .pictures { display: flex; gap: 12px; flex-wrap: wrap; min-height: LEASTpx; }
   figure { margin: 0; width: WIDTHpx; }
-  img { width: 100%; margin: 0; image-rendering: pixelated; }
-  figcaption, details { font-size: 12px; margin: 0; }
+  img { width: 100%; image-rendering: pixelated; }
+  figcaption, details { font-size: 12px; }
+  summary { cursor: pointer; }
   pre { font-size: 11px; white-space: pre-wrap; overflow-wrap: anywhere; }
 """
 
@@ -50,7 +52,7 @@ def page(studio):
                 if studio.styled:
                     fields |= _style()
             with gr.Column():
-                now = _pictures("now", 0, 280)
+                now = _pictures("now", 0, 280, least=340)
                 gr.Markdown("### Gallery\nEach file carries what it was made with.")
                 gallery = _pictures("gallery", KEPT, 128)
         tell_size = "(label) => {document.dispatchEvent(new CustomEvent('picture-size', "
@@ -134,6 +136,7 @@ def _canvas(name, background, colours, upload=False, phrases=0):
         None,
         html_template='<div class="canvas"></div>',
         css_template=CANVAS_STYLE,
+        apply_default_css=False,
         js_on_load=(HERE / "canvas.js").read_text(encoding="utf-8"),
         elem_id=name,
         title=f"canvas: {name}",
@@ -144,11 +147,13 @@ def _canvas(name, background, colours, upload=False, phrases=0):
     )
 
 
-def _pictures(name, kept, width):
+def _pictures(name, kept, width, least=0):
+    style = PICTURES_STYLE.replace("WIDTH", str(width)).replace("LEAST", str(least))
     return gr.HTML(
         None,
         html_template='<div class="pictures"></div>',
-        css_template=PICTURES_STYLE.replace("WIDTH", str(width)),
+        css_template=style,
+        apply_default_css=False,
         js_on_load=(HERE / "pictures.js").read_text(encoding="utf-8"),
         elem_id=name,
         kept=kept,
