@@ -97,6 +97,7 @@ def serve(studio, port):
             mcp_server=False,
             pwa=False,
             footer_links=[],
+            run_history=False,
             theme=gr.themes.Default(font=fonts, font_mono=["monospace"]),
             app_kwargs={"middleware": [Middleware(Guard)]},
         )
