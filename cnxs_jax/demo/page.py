@@ -26,7 +26,7 @@ CANVAS_STYLE = """
             border: 1px solid #8888; }
   .chosen { outline: 3px solid #8888; }
   .clear { padding: 2px 10px; border: 1px solid #8888; border-radius: 4px; }
-  input[type=text] { width: 14em; padding: 2px 6px; border: 1px solid #8888; border-radius: 4px; }
+  input[type=text] { width: 10em; padding: 2px 6px; border: 1px solid #8888; border-radius: 4px; }
 """
 PICTURES_STYLE = """
   .pictures { display: flex; gap: 12px; flex-wrap: wrap; min-height: LEASTpx; }

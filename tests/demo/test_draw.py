@@ -159,6 +159,21 @@ def test_hostile_forms_are_refused_before_anything_is_drawn(fake, fields):
     assert not fake.programs
 
 
+def test_large_pictures_are_refused_before_they_are_decoded(monkeypatch):
+    """These are whole, so that only the limits can refuse them."""
+    side = int(inputs.MAX_PIXELS**0.5)
+    fits, large = (url(Image.new("L", (side, side + n))) for n in (0, 1))
+    assert inputs.picture({"picture": fits}, "x").size == (side, side)
+    noise = np.random.default_rng(0).integers(0, 256, (1200, 1200, 3), np.uint8)
+    heavy = url(Image.fromarray(noise))
+    monkeypatch.setattr(inputs, "_plain", None)  # decodes
+    with pytest.raises(ConfigError, match="pixels, at most"):
+        inputs.picture({"picture": large}, "x")
+    monkeypatch.setattr(inputs.base64, "b64decode", None)
+    with pytest.raises(ConfigError, match="more than 4194304 bytes"):
+        inputs.picture({"picture": heavy}, "x")
+
+
 CONTROL = {"no number": {"control_scale": "1"}, "scale": {"control_scale": 2.1},
            "hint": {"hint": "depth"}, "hint list": {"hint": []},
            "picture": {"control": {"picture": data(bomb(30_000, 30_000))}}}  # fmt: skip

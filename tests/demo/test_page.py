@@ -92,7 +92,7 @@ def browser():
 def opened(browser, server):
     """The loaded page; afterwards: it spoke to this server alone, and nothing was forbidden."""
     hosts, complaints = set(), []
-    page = browser.new_page(viewport={"width": 1180, "height": 1000})
+    page = browser.new_page(viewport={"width": 1180, "height": 1040})
     page.on("request", lambda r: hosts.add(r.url.split("/")[2]) if "://" in r.url else None)
     page.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
     page.goto(server.address, timeout=120_000)
@@ -210,15 +210,17 @@ def hostile():
     good = dict(zip(NAMES, fields(), strict=True))
     forms = {name: list((good | _as_json(form)).values()) for name, form in HOSTILE.items()}
     path = {"path": "/etc/passwd"}
-    odd = [[], ["a"], fields() * 50, [None] * 8, [[[[]]]] * 8, [path] * 8,
-           [path | {"meta": {"_type": "gradio.FileData"}}] * 8]  # fmt: skip
-    return forms | {f"odd {n}": data for n, data in enumerate(odd)}
+    odd = {"no fields": [], "one field": ["a"], "too many": fields() * 50, "nulls": [None] * 8,
+           "lists": [[[[]]]] * 8, "paths": [path] * 8,
+           "files": [path | {"meta": {"_type": "gradio.FileData"}}] * 8}  # fmt: skip
+    return forms | odd
 
 
 NAMES = ("prompt", "negative_prompt", "size", "steps", "guidance", "seed", "painting", "strength")
 
 
-COERCED = {"no text", "number", "list", "half steps"}  # gradio makes texts and whole numbers of it
+# Gradio makes texts and whole numbers of these, and drops fields that are too many.
+COERCED = {"no text", "number", "list", "half steps", "too many"}
 
 
 def _as_json(form):
