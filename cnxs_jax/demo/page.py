@@ -105,7 +105,7 @@ def _painting():
 
 
 def _control(studio, size):
-    with gr.Accordion("Control picture", open=True, elem_id="control"):
+    with gr.Accordion("Control picture", open=True):
         canvas = _canvas("control", "#000000", LINES, upload=True)
         kind = gr.Radio(list(inputs.HINTS), value=inputs.HINTS[0], label="The controller sees it")
         scale = _slider("Control scale", 0, inputs.MAX_CONTROL_SCALE, 1.0, 0.05)
