@@ -1,4 +1,4 @@
-"""The page: its layout and its answers. The only module that needs gradio, beside `server`."""
+"""The page: its layout and its answers. Beside `server` the only module that needs gradio."""
 
 import base64
 import html

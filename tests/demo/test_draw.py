@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from cnxs_jax.demo import __main__ as demo
-from cnxs_jax.demo import draw, inputs
+from cnxs_jax.demo import draw, guard, inputs
 from cnxs_jax.errors import ConfigError
 from cnxs_jax.pipelines import images
 from cnxs_jax.pipelines.base import Result
@@ -361,6 +361,26 @@ def test_a_real_pipeline_draws_and_its_file_says_how(pipe):
     assert "painted" not in plain.parameters
     with pytest.raises(ConfigError, match="is not in the prompt"):
         list(draw.draw(studio, form(painting=painting({RED: "owl"}, boxes=boxes))))
+
+
+# --- what the server lets in -----------------------------------------------------------------
+
+HERE = {"host": "127.0.0.1:7860"}
+REFUSED = [
+    ("/", {}, 403), ("/", {"host": "example.org"}, 403), ("/", {"host": "127.0.0.1.org"}, 403),
+    ("/gradio_api/upload", HERE, 404), ("/gradio_api/file=/etc/passwd", HERE, 404),
+    ("/gradio_api/component_server", HERE, 404), ("/gradio_api/queue/join/x", HERE, 404),
+    ("/gradio_api/queue/join", HERE | {"content-length": str(guard.MAX_BODY + 1)}, 413),
+    ("/gradio_api/queue/join", HERE | {"content-length": "9" * 5000}, 413),
+    ("/gradio_api/queue/join", HERE | {"content-length": "-1"}, 413),
+    ("/", HERE, None), ("/", {"host": "localhost"}, None), ("/assets/x.js", HERE, None),
+    ("/gradio_api/queue/join", HERE | {"content-length": str(guard.MAX_BODY)}, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "headers", "status"), REFUSED)
+def test_what_the_server_lets_in(path, headers, status):
+    assert guard.refusal(path, headers) == status
 
 
 # --- the command -----------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from PIL import Image
 from cnxs_jax import sample
 from cnxs_jax.control.controlnet_transformer import ControlNetTransformer
 from cnxs_jax.demo import inputs
-from cnxs_jax.demo.server import MAX_BODY, QUEUE
+from cnxs_jax.demo.guard import MAX_BODY, QUEUE
 from cnxs_jax.pipelines import images
 from cnxs_jax.pipelines.load import load_model, save_model
 from tests.checks import record
