@@ -1,4 +1,4 @@
-"""Install with `pip install -e .`; extras: eval, test, test-core (no torch), docs, tpu, cuda."""
+"""Install with `pip install -e .`; extras: demo, eval, test, test-core, docs, tpu, cuda."""
 
 import pathlib
 import re
@@ -33,6 +33,7 @@ EVAL = [
     "scipy",  # jax has it, too
 ]
 TEST_CORE = [*EVAL, "pytest", "pytest-xdist", "ruff"]
+DEMO = ["gradio>=6.31,<7"]
 DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"]
 TEST = [
     *TEST_CORE,
@@ -62,13 +63,14 @@ setup(
     license_files=["LICENSE", "LICENSE-DATA"],
     python_requires=">=3.11",
     packages=find_packages(include=["cnxs_jax", "cnxs_jax.*"]),
-    package_data={"cnxs_jax": ["assets/**/*", "assets/*"]},
+    package_data={"cnxs_jax": ["assets/**/*", "assets/*", "demo/*.js"]},
     install_requires=BASE,
     extras_require={
         "eval": EVAL,
         "test-core": TEST_CORE,
         "test": TEST,
         "docs": DOCS,
+        "demo": DEMO,
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
     },

@@ -16,14 +16,16 @@ DEFAULT_MODEL = pathlib.Path(__file__).parent / "assets" / "pixart_tiny"
 MAX_IMAGES = 64
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Mistakes on the command line are ConfigErrors."""
+
     def error(self, message):
-        raise ConfigError(message, "command line", "python -m cnxs_jax.sample --help")
+        raise ConfigError(message, "command line", f"{self.prog} --help")
 
 
 def parse(argv=None):
     """The checked command line; raises ConfigError, imports nothing heavy."""
-    parser = _Parser(prog="python -m cnxs_jax.sample", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="python -m cnxs_jax.sample", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("--model", default=str(DEFAULT_MODEL), help="diffusers pipeline directory or hub id")
     add("--prompt", required=True, help="what to draw")

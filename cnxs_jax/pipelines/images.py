@@ -1,5 +1,6 @@
 """Pictures in and out: arrays to PIL, PNG files that know how they were made, grids."""
 
+import io
 import json
 import os
 import pathlib
@@ -63,6 +64,22 @@ def save_png(image, path, parameters=None):
         path: file name; its directory is created.
         parameters: JSON-able dict stored in a text chunk; `read_parameters` gets it back.
     """
+    data = png_bytes(image, parameters)
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, part = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(part, public_mode())
+        os.replace(part, path)
+    except BaseException:
+        pathlib.Path(part).unlink(missing_ok=True)
+        raise
+
+
+def png_bytes(image, parameters=None):
+    """The file that `save_png` writes, as bytes."""
     from PIL.PngImagePlugin import PngInfo
 
     if not hasattr(image, "save"):
@@ -70,17 +87,9 @@ def save_png(image, path, parameters=None):
     info = PngInfo()
     if parameters is not None:
         info.add_itxt(PNG_KEY, json.dumps(parameters, ensure_ascii=False))
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            image.save(file, format="PNG", pnginfo=info)
-        os.chmod(part, public_mode())
-        os.replace(part, path)
-    except BaseException:
-        pathlib.Path(part).unlink(missing_ok=True)
-        raise
+    file = io.BytesIO()
+    image.save(file, format="PNG", pnginfo=info)
+    return file.getvalue()
 
 
 def read_parameters(path):

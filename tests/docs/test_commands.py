@@ -18,6 +18,7 @@ from PIL import Image
 
 from cnxs_jax import sample
 from cnxs_jax.convert import __main__ as convert
+from cnxs_jax.demo import __main__ as demo
 from tests.checks import record
 from tests.docs import commands
 from train import loop, validate
@@ -31,7 +32,8 @@ TOOLS = {
 # Run by tests of their own, or not about this project.
 MODULES = {"pytest", "venv", "pip", "mkdocs"}
 OURS = {"train", "train.plan", "train.cache", "eval", "eval.benchmark",
-        "eval.metrics.scene_accuracy", "cnxs_jax.sample", "cnxs_jax.convert"}  # fmt: skip
+        "eval.metrics.scene_accuracy", "cnxs_jax.sample", "cnxs_jax.convert",
+        "cnxs_jax.demo"}  # fmt: skip
 EVERY = [(path.relative_to(ROOT), words) for path in commands.DOCUMENTS
          for words in commands.shown(path)]  # fmt: skip
 EVERY += [(path, words) for path in commands.EXAMPLES
@@ -88,6 +90,8 @@ def test_understood(page, words):
     assert module in OURS | MODULES, f"{page}: {module}"
     if module == "cnxs_jax.sample":
         sample.parse([a for a in arguments if not a.startswith("--model=")])
+    elif module == "cnxs_jax.demo":  # a server; tests/demo runs it
+        demo.parse(arguments)
     elif module == "cnxs_jax.convert":
         convert.parser().parse_args(arguments)
     elif module == "pytest":

@@ -1,0 +1,1 @@
+"""The demo page: `python -m cnxs_jax.demo` (extra `demo`)."""
