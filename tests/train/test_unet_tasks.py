@@ -134,6 +134,7 @@ def test_the_exported_adapter_computes_the_same(base, run, tmp_path):
     np.testing.assert_array_equal(forward(module, {"params": both}, *args), expected)
 
 
+@pytest.mark.slow
 def test_the_picture_of_a_controller_shows_its_hints(run):
     _, fit, *_ = run
     picture = fit.task.sample(fit.state.ema, fit.frozen, fit.encoders)
