@@ -90,7 +90,13 @@ def test_heads_of_small_controllers_are_wider_than_their_channels():
     assert wide["mid_block"]["midblock"]["attentions_0"]["proj_in"]["kernel"].shape == (1, 1, 6, 10)
 
 
-@pytest.mark.parametrize("kind", [("A", "cat"), ("B", "cat"), ("C", "add")])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        ("B", "cat"),
+        *(pytest.param(k, marks=pytest.mark.slow) for k in (("A", "cat"), ("C", "add"))),
+    ],
+)
 def test_zero_connections_are_the_base_bit_for_bit(base, kind):
     """The rest of the adapter is noise: it computes something, and nothing of it arrives.
 

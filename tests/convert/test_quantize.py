@@ -106,6 +106,7 @@ def test_what_has_no_int8_form_is_named(stored, tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_one_block_of_the_published_width():
     """T5-XXL's: 4096 wide, 64 heads, 10240 in the feed-forward; the same bound."""
     sizes = 64, 64, 10240, "gated-gelu", 1e-6, jnp.bfloat16

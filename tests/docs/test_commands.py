@@ -33,7 +33,7 @@ TOOLS = {
 MODULES = {"pytest", "venv", "pip", "mkdocs"}
 OURS = {"train", "train.plan", "train.cache", "eval", "eval.benchmark",
         "eval.metrics.scene_accuracy", "cnxs_jax.sample", "cnxs_jax.convert",
-        "cnxs_jax.demo"}  # fmt: skip
+        "cnxs_jax.demo", "cnxs_jax.data.clip_tokenizer"}  # fmt: skip
 EVERY = [(path.relative_to(ROOT), words) for path in commands.DOCUMENTS
          for words in commands.shown(path)]  # fmt: skip
 EVERY += [(path, words) for path in commands.EXAMPLES

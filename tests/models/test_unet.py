@@ -163,6 +163,7 @@ def test_masked_text_does_not_count(params):
     assert np.abs(run(params, x, t, bare)[0] - run(params, x, t, cond)[0]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_remat_gives_the_same_gradients(params):
     x, t, cond = inputs(size=(4, 4))
 

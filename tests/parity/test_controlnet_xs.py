@@ -66,7 +66,7 @@ def test_forward(opened, name, compat):
     assert all(relative_error(a, b) > 1e-4 for a, b in pairs)
 
 
-@pytest.mark.parametrize("compat", ["diffusers", "official"])
+@pytest.mark.parametrize("compat", [pytest.param("diffusers", marks=pytest.mark.slow), "official"])
 def test_gradients_of_the_adapter(opened, compat):
     models, loaded = opened("sdxl")
     module, params = attached(loaded, compat)

@@ -76,7 +76,7 @@ def losses(config, updates=False, steps=3):
     ("kind", "updates"),
     [
         ("distill", False),
-        ("controller", False),
+        pytest.param("controller", False, marks=pytest.mark.slow),
         pytest.param("distill", True, marks=pytest.mark.slow),
         pytest.param("controller", True, marks=pytest.mark.slow),
     ],
@@ -98,6 +98,7 @@ def test_losses_on_cached_features_are_those_on_the_fly(base, photos, tmp_path, 
         assert dtype == "float32" or difference > 1e-7  # it did read the shorter numbers
 
 
+@pytest.mark.slow
 def test_a_cached_run_writes_a_whole_pipeline(base, photos, tmp_path):
     """It loads no encoder; the export has copies of them."""
     config = distill_config(base, photos)

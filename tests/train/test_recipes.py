@@ -135,6 +135,7 @@ def test_a_tokenizer_larger_than_the_table_is_refused(teacher, tmp_path):
         loop.main(config, tmp_path)
 
 
+@pytest.mark.slow
 def test_freezing_by_pattern_keeps_those_weights(teacher, tmp_path):
     distil(teacher, tmp_path, "--config.freeze=('transformer_blocks/attn2/.*',)")
     _, before = cnxs_jax.load_model(teacher / "teacher" / "export", "transformer")
