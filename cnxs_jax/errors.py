@@ -111,7 +111,7 @@ def parse_flags(argv):
 
 def first_line(error):
     """The first line of an exception's text, or its kind where it says nothing."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def did_you_mean(word, choices):

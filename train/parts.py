@@ -121,11 +121,16 @@ def check_fit(dit, vae, text, size, where="config.transformer"):
         )
 
 
-def check_tokenizer(tokenizer, text, where="config.text_encoder"):
-    """Raises ConfigError unless a CLIP text encoder has a row for every token and knows the end."""
+def check_vocabulary(tokenizer, text, where="config.text_encoder"):
+    """Raises ConfigError unless a text encoder has a row for every token."""
     if len(tokenizer) > text.vocab_size:  # a lookup beyond the table would be NaN
         what = f"vocab_size {text.vocab_size} is less than the tokenizer's {len(tokenizer)}"
         raise ConfigError(what, f"{where}.vocab_size")
+
+
+def check_tokenizer(tokenizer, text, where="config.text_encoder"):
+    """The same of CLIP's, which must know the token that ends a text, too."""
+    check_vocabulary(tokenizer, text, where)
     if tokenizer.eos_token_id != text.eos_token_id:
         what = f"eos_token_id {text.eos_token_id}, the tokenizer ends with {tokenizer.eos_token_id}"
         raise ConfigError(what, f"{where}.eos_token_id")

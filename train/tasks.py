@@ -21,6 +21,7 @@ from train.parts import (
     REMAT,
     SCHEDULE,
     check_fit,
+    check_vocabulary,
     export_beside,
     fields,
     from_signed,
@@ -259,9 +260,7 @@ def denoiser(config):
     encoders = {"vae": vae_params}
     if joint:
         text = make(T5Encoder, config.text_encoder)
-        if len(tokenizer) > text.vocab_size:  # a lookup beyond the table would be NaN
-            what = f"vocab_size {text.vocab_size} is less than the tokenizer's {len(tokenizer)}"
-            raise ConfigError(what, "config.text_encoder.vocab_size")
+        check_vocabulary(tokenizer, text)
         run = with_text_encoder(sampling.denoiser(dit), text)
     else:
         text, encoders["text_encoder"] = read_model(config.text_encoder_path)

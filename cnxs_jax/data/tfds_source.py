@@ -54,7 +54,7 @@ class TfdsSource:
             raise
         except Exception as error:  # tfds raises many kinds
             fix = 'prepare it with file_format="array_record", and check data.split'
-            what = f"cannot be read: {str(error).strip().splitlines()[0]}"
+            what = f"cannot be read: {errors.first_line(error)}"
             raise errors.DataError(what, where, fix) from None
         self.label = f"{builder.info.full_name}, {split}"
         self.size = size

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from cnxs_jax.convert.families import family_of_module
 from cnxs_jax.diffusion import solvers
-from cnxs_jax.errors import CheckpointError, ConfigError, did_you_mean
+from cnxs_jax.errors import CheckpointError, ConfigError, did_you_mean, first_line
 from cnxs_jax.models import tiling
 from cnxs_jax.pipelines import offload as offloading
 from cnxs_jax.pipelines import scheduler as schedulers
@@ -251,10 +251,9 @@ def _from_hub(name):
             )
         )
     except Exception as error:  # the hub client raises many kinds, some of its dependencies'
-        reason = "HF_HUB_OFFLINE is set and the cache lacks it" if offline else str(error)
+        reason = "HF_HUB_OFFLINE is set and the cache lacks it" if offline else first_line(error)
         raise CheckpointError(
-            f"no directory of this name, and {INDEX} could not be had from the hub: "
-            f"{reason.strip().splitlines()[0] if reason.strip() else type(error).__name__}",
+            f"no directory of this name, and {INDEX} could not be had from the hub: {reason}",
             name,
             recipe,
         ) from None

@@ -14,7 +14,7 @@ import numpy as np
 
 from cnxs_jax.convert import families, files, rules
 from cnxs_jax.data import image_folder
-from cnxs_jax.errors import CheckpointError
+from cnxs_jax.errors import CheckpointError, first_line
 from cnxs_jax.pipelines import load
 from eval.metrics import inputs
 
@@ -112,5 +112,5 @@ def _tokenizer(directory):
     try:
         return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
     except Exception as error:  # transformers raises many kinds
-        what = f"no tokenizer: {str(error).strip().splitlines()[0][:200]}"
+        what = f"no tokenizer: {first_line(error)[:200]}"
         raise CheckpointError(what, str(directory), LAYOUT) from None
