@@ -1,7 +1,7 @@
 r"""The embedded PixArt: a tiny VAE, T5 and DiT trained on emoji scenes, from nothing.
 
 PixArt-alpha (arXiv 2310.00426): DiT with adaLN-single and cross-attention to T5, linear betas from
-1e-4 to 0.02. Four stages, each in its own directory below `--workdir`:
+1e-4 to 0.02. Five stages, each in its own directory below `--workdir`:
 
   vae      AutoencoderKL, 4x down, 8 latent channels. L1 + L2 + edges + KL, no adversary.
   decoder  The same with its encoder fixed, as Stable Diffusion's VAEs were finished: the latents
@@ -10,6 +10,8 @@ PixArt-alpha (arXiv 2310.00426): DiT with adaLN-single and cross-attention to T5
   relations  The same trained on with more scenes of several things whose caption names their
            relation, at noise levels where the layout is decided, while linear heads make T5 tell
            the order of the words (`train.word_order`).
+  layout   The same trained on while a linear head makes the picture tokens tell which concept
+           stands where (`train.layout`): it binds the words to the places.
 
 What differs from the paper, and why:
   - T5 is trained with the DiT: a frozen XXL encoder (4.8 B parameters) does not fit two cores.
@@ -28,7 +30,7 @@ Run:
 On Linux faster with the allocator kept from giving its pages back in every step:
   GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8000000000:\
 glibc.malloc.trim_threshold=16000000000 python -m train ...
-The result, a diffusers directory, is `runs/pixart/relations/export`.
+The result, a diffusers directory, is `runs/pixart/layout/export`.
 """
 
 from ml_collections import ConfigDict
@@ -41,13 +43,14 @@ def get_config(variant="tiny"):
     if variant not in VARIANTS:
         raise ValueError(f"unknown variant {variant!r}, use one of {', '.join(VARIANTS)}")
     config = ConfigDict()
-    config.stages = ("vae", "decoder", "teacher", "relations")
+    config.stages = ("vae", "decoder", "teacher", "relations", "layout")
     config.vae = vae()
     config.decoder = decoder()
     config.teacher = teacher()
     if variant == "smoke":
         smoke(config)
     config.relations = relations(config.teacher)
+    config.layout = layout(config.relations)
     return config
 
 
@@ -178,6 +181,17 @@ def relations(teacher):
     config.steps = max(teacher.steps // 4, 3)
     config.optimizer.learning_rate = 1e-3
     config.objective.logit_normal = (0.5, 1.2)
+    return config
+
+
+def layout(relations):
+    config = relations.copy_and_resolve_references()
+    config.name = "layout"
+    config.init_path = "{workdir}/relations/export"
+    config.data.relations = 0.5
+    config.data.seed = 2
+    config.layout = 0.2
+    config.objective.logit_normal = (0.2, 1.2)
     return config
 
 

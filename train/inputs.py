@@ -86,6 +86,12 @@ def open_source(config, seed=None, truth=False):
     return source if number in (None, len(source)) else pipeline.First(source, number)
 
 
+def world(config):
+    """The `scenes.World` that `config.data` shows, one of `pipeline.WORLDS`."""
+    make_world, _ = pipeline.WORLDS[config.data.source]
+    return make_world(**{k: config.data[k] for k in ("num_concepts",) if config.data.get(k)})
+
+
 def max_length(config):
     """Tokens of a text, for padding and truncation."""
     return config.data.get("max_length") or text.MAX_LENGTH

@@ -97,6 +97,7 @@ def denoise(
     logit_normal=None,
     noises=1,
     draw_time=None,
+    terms=None,
 ):
     """Denoising: E ||target - denoise_fn(x_t)||^2 (Ho et al. 2020, eq. 14).
 
@@ -114,6 +115,7 @@ def denoise(
         noises: timesteps and noises drawn for each example, whose encoding they share.
         draw_time: `key -> time`, instead of `t_range` and `logit_normal`: an expert's truncated
             distribution, such as `lambda key: Times(1000, (0.0, 1.0)).draw(key, low, high)`.
+        terms: weights by name of more losses [B]; `denoise_fn` gives `(out, losses)` then.
 
     Raises:
         ConfigError: an unknown name, or a range outside the schedule (JAX would clamp it).
@@ -133,6 +135,7 @@ def denoise(
         t, noise = draw(keys, x, draw_time)
         x_t = schedules.add_noise(schedule, x, noise, t)
         out = denoise_fn(resolve(params, frozen), x_t, t, cond)
+        out, losses = out if terms else (out, {})
         target = predictions.target(schedule, x, noise, t, prediction)
         mse = _mean(jnp.square(predictions.mean_channels(out, x) - target))
         weight = 1.0
@@ -144,6 +147,9 @@ def denoise(
             variance = predictions.variance_channels(out, x)
             metrics["vb"] = variational_bound(schedule, x, x_t, t, eps, variance).mean()
             loss += metrics["vb"]
+        for name, value in losses.items():
+            metrics[name] = value.mean()
+            loss += terms[name] * metrics[name]
         return loss, metrics
 
     return objective

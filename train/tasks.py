@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from cnxs_jax import tree
+from cnxs_jax.data import pipeline
 from cnxs_jax.diffusion import sampling, schedule
 from cnxs_jax.errors import ConfigError
 from cnxs_jax.models.dit import PixArt
 from cnxs_jax.models.t5 import T5Encoder
 from cnxs_jax.models.vae import AutoencoderKL
-from train import features, inputs, networks, objectives, optimizer, validate, word_order
+from train import features, inputs, layout, networks, objectives, optimizer, validate, word_order
 from train.loop import Task
 from train.parts import (
     LORA,
@@ -72,6 +73,7 @@ KEYS = {
         "text_encoder_path": validate.Optional(validate.text),
         "caption_dropout": validate.number(0, 1),
         "word_order": validate.Optional(validate.number(0)),
+        "layout": validate.Optional(validate.number(0)),
         "schedule": SCHEDULE,
         "objective": DENOISE,
     },
@@ -113,6 +115,19 @@ def check_denoiser(values, where):
         raise ConfigError(
             "a frozen text encoder learns no word order", f"{where}.word_order", "leave it out"
         )
+    if values.get("layout"):
+        if values["data"]["source"] not in pipeline.WORLDS:
+            raise ConfigError(
+                f"{values['data']['source']!r} does not say what stands where",
+                f"{where}.layout",
+                f"leave it out, or use one of {', '.join(pipeline.WORLDS)}",
+            )
+        if values.get("text_encoder") is None:
+            raise ConfigError(
+                "the layout is learned along with the text encoder",
+                f"{where}.layout",
+                "leave it out",
+            )
     if not values["data"].get("tokenizer"):
         raise ConfigError("a denoiser needs a tokenizer", f"{where}.data.tokenizer", "name one")
     learned = values["objective"].get("learned_range")
@@ -248,20 +263,25 @@ def denoiser(config):
     """Trains a PixArt transformer, and its text encoder with it unless `text_encoder_path`.
 
     With `init_path`, a pipeline directory, they start as that pipeline's; with `word_order` the
-    text encoder learns its captions' order apart (`train.word_order`).
+    text encoder learns its captions' order apart (`train.word_order`), with `layout` the picture
+    tokens learn what stands where (`train.layout`).
     """
     from cnxs_jax.pipelines.load import read_model
 
     dit = make(PixArt, config.transformer)
     vae, vae_params = read_model(config.vae_path)
-    loader, tokenizer = inputs.open_loader(config)
+    joint, terms = config.get("text_encoder") is not None, {}
+    if config.get("layout"):
+        terms["layout"] = config.layout
+    arrays = ("image", "concept_map") if terms else ("image",)
+    loader, tokenizer = inputs.open_loader(config, keys=arrays)
     empty = inputs.tokens(config, tokenizer, [""])
-    joint = config.get("text_encoder") is not None
     encoders = {"vae": vae_params}
     if joint:
         text = make(T5Encoder, config.text_encoder)
         check_vocabulary(tokenizer, text)
-        run = with_text_encoder(sampling.denoiser(dit), text)
+        run = with_text_encoder(layout.tapped(dit) if terms else sampling.denoiser(dit), text)
+        run = layout.with_loss(run) if terms else run
     else:
         text, encoders["text_encoder"] = read_model(config.text_encoder_path)
         run = sampling.denoiser(dit)
@@ -281,6 +301,9 @@ def denoiser(config):
             embedded = text.apply({"params": encoders["text_encoder"]}, ids, mask)
             cond = {"text": embedded, "text_mask": mask}
         x = latents(vae, encoders["vae"], raw["image"], key_vae)
+        if terms:
+            grid = (dit.sample_size // dit.patch_size,) * 2
+            cond["coverage"] = layout.coverage(raw["concept_map"], grid, concepts)
         return {"x": x, "cond": {**cond, **sizes_of(dit, raw)}}
 
     def init(key):
@@ -303,6 +326,9 @@ def denoiser(config):
         init = start_from(config.init_path, init, joint)
     if config.get("word_order"):
         init = word_order.with_heads(init, text)
+    if terms:
+        concepts = len(inputs.world(config).concepts)
+        init = layout.with_head(init, dit, concepts)
 
     def components(params, encoders):
         both = params if joint else {**encoders, "transformer": params}
@@ -317,7 +343,7 @@ def denoiser(config):
     frozen, resolve, init = frozen_part(config, init)
     options = {"num_inference_steps": 20}
     sample, export = outputs(config, components, tokenizer, scheduler, options, resolve)
-    objective = objectives.denoise(run, noise, resolve, **config.objective)
+    objective = objectives.denoise(run, noise, resolve, terms=terms, **config.objective)
     if config.get("word_order"):
         objective = word_order.with_loss(objective, text, resolve, config.word_order)
     return Task(objective, init, loader, encode, encoders, frozen, sample, export)

@@ -86,7 +86,7 @@ def make_scene(world, rng, spec=None, *, size=64, split="train", truth=True):
         size: side of the square picture in px.
         split: which (concept, style) pairs and (A, relation, B) triples may occur; a pair or
             triple that `spec` forces whole is taken as it is.
-        truth: also compute `masks`, `edges` and `depth`.
+        truth: also compute `masks`, `edges`, `depth` and `concept_map`.
 
     Returns:
         A dict: `image` uint8 [size,size,3]; `caption`; `objects`, a list of {concept, style, box
@@ -96,7 +96,8 @@ def make_scene(world, rng, spec=None, *, size=64, split="train", truth=True):
         style, relation}, None where it is silent. With `truth`: `masks` bool [n,size,size], the
         visible pixels of each object (alpha >= 1/2); `depth` uint8 [size,size], 0 = background,
         larger = nearer; `edges` bool [size,size], pixels whose right or lower neighbour belongs to
-        another instance or to the background (drawn on the upper or left side of the border).
+        another instance or to the background (drawn on the upper or left side of the border);
+        `concept_map` uint8 [size,size], 1 + the visible concept's index in the world, 0 background.
 
     Raises:
         errors.ConfigError: unknown split, unknown word in `spec`, or facts the split cannot have.
@@ -119,7 +120,7 @@ def make_scene(world, rng, spec=None, *, size=64, split="train", truth=True):
     for i, o in enumerate(objects):
         o["visible"] = float((label == i + 1).sum() / solid[i])
     if truth:
-        scene.update(exact_truth(label, objects))
+        scene.update(exact_truth(world, label, objects))
     return scene
 
 
@@ -220,14 +221,20 @@ def composite(world, objects, order, background, size):
     return label, np.clip(canvas + 0.5, 0, 255).astype(np.uint8)
 
 
-def exact_truth(label, objects):
-    """`masks`, `depth` and `edges` from the label map (see `make_scene`)."""
+def exact_truth(world, label, objects):
+    """`masks`, `depth`, `edges` and `concept_map` from the label map (see `make_scene`)."""
     ranks = np.array([0] + [o["depth"] for o in objects], np.uint8)
+    names = np.array([0] + [1 + world.concepts.index(o["concept"]) for o in objects], np.uint8)
     edges = np.zeros(label.shape, bool)
     edges[:, :-1] |= label[:, :-1] != label[:, 1:]
     edges[:-1] |= label[:-1] != label[1:]
     masks = np.stack([label == i + 1 for i in range(len(objects))])
-    return {"masks": masks, "depth": ranks[label], "edges": edges}
+    return {
+        "masks": masks,
+        "depth": ranks[label],
+        "edges": edges,
+        "concept_map": names[label],
+    }
 
 
 def with_article(noun):

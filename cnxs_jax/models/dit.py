@@ -99,6 +99,7 @@ class PixArtBlock(nn.Module):
         x = x + attend("attn2", x, context_BxSxD, mask_BxS=mask_BxS, kv=text_kv, paint=paint)
         h = layer_norm(x) * (1 + scale2) + shift2
         x = x + gate2 * FeedForward(4 * D, self.dtype, name="ff")(h)
+        self.sow("intermediates", "tokens", x)  # kept only where a caller asks for them
         return x, None
 
 
@@ -267,7 +268,7 @@ def scanned_blocks(num_layers, remat=None, features=0, block=PixArtBlock):
         block = nn.remat(block, **remat_options(remat))
     return nn.scan(
         block,
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True},
         in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
         length=num_layers,

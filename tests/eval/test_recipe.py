@@ -34,10 +34,10 @@ def test_another_teacher_keeps_the_student(tmp_path):
 
 def test_the_last_stage_is_the_result(tmp_path):
     config = pixart.get_config()
-    assert recipe.directories(config, tmp_path) == {"teacher": str(tmp_path / "relations/export")}
+    assert recipe.directories(config, tmp_path) == {"teacher": str(tmp_path / "layout/export")}
     stage, place = recipe.last_stage(config, tmp_path)
-    assert (stage.name, place) == ("relations", tmp_path / "relations")
-    with pytest.raises(CheckpointError, match="relations/export"):
+    assert (stage.name, place) == ("layout", tmp_path / "layout")
+    with pytest.raises(CheckpointError, match="layout/export"):
         run.main(config, tmp_path)
     staged = ConfigDict(STAGED | {"two": DISTILS})
     found = recipe.directories(staged, tmp_path)

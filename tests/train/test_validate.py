@@ -17,7 +17,7 @@ from tests.train import toy
 from train import validate
 
 # (recipe, key, value, a word of the message)
-TEACHER, VAE, LCM, TOY = "teacher", "vae", "lcm", "toy"
+TEACHER, VAE, LCM, TOY, LAYOUT = "teacher", "vae", "lcm", "toy", "layout"
 NAN, INF = float("nan"), float("inf")
 RECIPES = (configs.pixart, configs.pixart_lcm, configs.ediffi, configs.scene_clip)
 REPORT = {"num_prompts": 4, "num_real": 4, "steps": (1, 2), "reference_steps": 5}
@@ -114,6 +114,8 @@ BAD = [
     (TEACHER, "data.tokenizer", None, "needs a tokenizer"),
     (TEACHER, "data.relations", 1.5, "out of range"),
     (TEACHER, "word_order", -1.0, "word_order"),
+    (TEACHER, "layout", -1.0, "layout"),
+    (LAYOUT, "data.source", "coco_captions", "what stands where"),
     (VAE, "vae.block_out_channels", (), "tuple"),
     (VAE, "optimizer.weight_decay", 0.5, "no effect with adam"),
     (VAE, "vae.block_out_channels", 32, "tuple"),

@@ -1,0 +1,79 @@
+"""The head that tells what stands where: what it counts, and that the words' places are learned."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from cnxs_jax.data import shapes
+from cnxs_jax.data.scenes import make_scene
+from cnxs_jax.models.dit import PixArt
+from train import layout
+
+DIT = PixArt(
+    num_layers=3, num_attention_heads=2, attention_head_dim=16, cross_attention_dim=32,
+    caption_channels=8, in_channels=4, out_channels=4, patch_size=2, sample_size=8,
+)  # fmt: skip
+
+
+def test_the_map_of_concepts_becomes_shares_of_patches():
+    world = shapes.world()
+    scene = make_scene(world, 3, {"count": 2}, size=32)
+    shares = layout.coverage(scene["concept_map"][None], (4, 4), len(world.concepts))[0]
+    np.testing.assert_allclose(shares.sum(-1), 1, atol=1e-6)
+    for mask, thing in zip(scene["masks"], scene["objects"], strict=True):
+        per_patch = mask.reshape(4, 8, 4, 8).mean((1, 3)).reshape(-1)
+        told = shares[:, 1 + world.concepts.index(thing["concept"])]
+        np.testing.assert_allclose(told, per_patch, atol=1e-6)
+
+
+def test_only_the_right_place_has_no_loss():
+    shares = np.zeros((2, 4, 3), np.float32)
+    shares[0, :, 1], shares[1, :2, 2], shares[1, 2:, 0] = 1, 1, 1
+    shares[1, 3] = (0.5, 0.5, 0)  # the least of a shared patch is its entropy, which does not count
+    head = 30 * np.eye(3, dtype=np.float32)
+    told = np.where(shares == 1, 1.0, np.where(shares == 0, -1.0, 0.2))
+    np.testing.assert_allclose(layout.loss(head, told, shares), 0, atol=1e-4)
+    assert layout.loss(head, told[::-1], shares).min() > 10
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_network_learns_from_the_head_alone_where_a_word_belongs(given):
+    """ "1 2": 1 on the left, 2 on the right; the pictures are pure noise, so only the text can say.
+
+    With the head's loss alone the tokens of unseen noise name the right concept on each side.
+    """
+    rng = np.random.default_rng(0)
+    params = {"transformer": DIT.init(
+        jax.random.key(0), jnp.zeros((1, 8, 8, 4)), jnp.zeros(1), {"text": jnp.zeros((1, 2, 8))}
+    )["params"]}  # fmt: skip
+    init = layout.with_head(params if given else lambda key: params, DIT, 2)
+    params = init if given else init(jax.random.key(1))
+    run = layout.with_loss(lambda p, *rest: layout.tapped(DIT)(p["transformer"], *rest))
+    words, places = rng.normal(size=(2, 8)), rng.normal(size=(2, 8))
+
+    def batch(size):
+        first = rng.integers(0, 2, size)
+        text = np.stack([words[first], words[1 - first]], 1) + places
+        grid = np.repeat(np.stack([first, 1 - first], 1)[:, None], 4, 1).repeat(2, 2)
+        cond = {"text": text, "coverage": np.eye(3)[1 + grid.reshape(size, 16)]}
+        return rng.normal(size=(size, 8, 8, 4)), np.full(size, 999.0), cond, grid.reshape(size, 16)
+
+    tx = optax.adam(3e-3)
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state, x, t, cond):
+        grads = jax.grad(lambda p: run(p, x, t, cond)[1]["layout"].mean())(params)
+        updates, state = tx.update(grads, state)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(150):
+        params, state = step(params, state, *batch(32)[:3])
+    x, t, cond, where = batch(64)
+    out, tokens = layout.tapped(DIT)(params["transformer"], x, t, cond)
+    told = (layout.layer_norm(tokens) @ params["layout"]).argmax(-1)
+    assert np.mean(told == 1 + where) > 0.95
+    alone = DIT.apply({"params": params["transformer"]}, x, t, cond)
+    np.testing.assert_array_equal(out, alone)
