@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 
 from cnxs_jax.data import shapes
 from cnxs_jax.data.scenes import make_scene
@@ -38,8 +37,16 @@ def test_only_the_right_place_has_no_loss():
     assert layout.loss(head, told[::-1], shares).min() > 10
 
 
-@pytest.mark.parametrize("given", [True, False])
-def test_a_network_learns_from_the_head_alone_where_a_word_belongs(given):
+def test_the_head_stands_beside_given_and_drawn_parameters():
+    given = layout.with_head({"transformer": 1}, DIT, 5)
+    drawn = layout.with_head(lambda key: {"transformer": 2}, DIT, 5)(jax.random.key(0))
+    assert (given["transformer"], drawn["transformer"]) == (1, 2)
+    for params in (given, drawn):
+        assert params[layout.NAME].shape == (32, 6)
+        assert 0.8 < np.std(params[layout.NAME]) * 32**0.5 < 1.2
+
+
+def test_a_network_learns_from_the_head_alone_where_a_word_belongs():
     """ "1 2": 1 on the left, 2 on the right; the pictures are pure noise, so only the text can say.
 
     With the head's loss alone the tokens of unseen noise name the right concept on each side.
@@ -48,8 +55,7 @@ def test_a_network_learns_from_the_head_alone_where_a_word_belongs(given):
     params = {"transformer": DIT.init(
         jax.random.key(0), jnp.zeros((1, 8, 8, 4)), jnp.zeros(1), {"text": jnp.zeros((1, 2, 8))}
     )["params"]}  # fmt: skip
-    init = layout.with_head(params if given else lambda key: params, DIT, 2)
-    params = init if given else init(jax.random.key(1))
+    params = layout.with_head(params, DIT, 2)
     run = layout.with_loss(lambda p, *rest: layout.tapped(DIT)(p["transformer"], *rest))
     words, places = rng.normal(size=(2, 8)), rng.normal(size=(2, 8))
 
