@@ -11,7 +11,7 @@ from cnxs_jax.models.dit import PixArt
 from train import layout
 
 DIT = PixArt(
-    num_layers=3, num_attention_heads=2, attention_head_dim=16, cross_attention_dim=32,
+    num_layers=2, num_attention_heads=2, attention_head_dim=16, cross_attention_dim=32,
     caption_channels=8, in_channels=4, out_channels=4, patch_size=2, sample_size=8,
 )  # fmt: skip
 
