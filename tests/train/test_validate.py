@@ -174,6 +174,16 @@ def test_all_together_take_less_than_two_seconds():
     assert time.perf_counter() - start < 2.0
 
 
+@pytest.mark.parametrize(
+    ("line", "kind"), [("int('x')", ValueError), ("import no_such_package", ModuleNotFoundError)]
+)
+def test_a_fault_of_the_module_itself_is_not_the_configs(tmp_path, monkeypatch, line, kind):
+    (tmp_path / "faulty_task.py").write_text(line)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(kind):
+        validate.check_stage(changed(TOY, "task", "faulty_task:build"), "config")
+
+
 @pytest.mark.parametrize("key", ["steps", "seed", "task", "optimizer", "mesh", "toy"])
 def test_missing_keys_are_named(key):
     values = recipe(TOY)
