@@ -1,5 +1,6 @@
-"""Small files: text and JSON written whole or not at all, and paths with `{workdir}` in them."""
+"""Files written whole or not at all, JSON among them, and paths with `{workdir}` in them."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -8,19 +9,31 @@ import tempfile
 ASSETS = pathlib.Path(__file__).parent / "assets"
 
 
-def write_text(path, text):
-    """Writes to a neighbour first: a reader, or a run that is killed, never sees half a file."""
+@contextlib.contextmanager
+def replacing(path):
+    """A neighbour of `path` to write to, a `pathlib.Path`, that takes its place in the end.
+
+    So a reader, or a run that is killed, never sees half a file. Where the block raises, the
+    neighbour goes and an older file stays. Directories are made.
+    """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    part = pathlib.Path(part)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(part, public_mode())
+        yield part
+        part.chmod(public_mode())
         os.replace(part, path)
     except BaseException:
-        pathlib.Path(part).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
         raise
+
+
+def write_text(path, text):
+    """Writes a text in UTF-8."""
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def public_mode():

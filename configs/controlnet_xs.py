@@ -47,6 +47,8 @@ The base is a diffusers directory; `--config.base_path` may be left out once it 
 
 from ml_collections import ConfigDict, config_dict
 
+from configs import common
+
 BASES = {
     "sd15": "stable-diffusion-v1-5",
     "sd21": "stable-diffusion-2-1-base",
@@ -57,8 +59,7 @@ VARIANTS = ("tiny", "smoke", *BASES)
 
 def get_config(variant="tiny"):
     """The recipe of one variant of `VARIANTS`."""
-    if variant not in VARIANTS:
-        raise ValueError(f"unknown variant {variant!r}, use one of {', '.join(VARIANTS)}")
+    common.check(variant, VARIANTS)
     if variant in BASES:
         return full(variant)
     config = tiny()
@@ -67,13 +68,10 @@ def get_config(variant="tiny"):
 
 def published():
     """What the released code says for Stable Diffusion 1.5; the variants change what they must."""
-    config = ConfigDict()
+    config = common.run("train.tasks_unet:controller")
     config.name = "controlnet_xs"
-    config.task = "train.tasks_unet:controller"
-    config.seed = 0
     config.steps = 500_000
     config.batch_size = 32
-    config.grad_accum = 1
     config.ema_decay = 0.9999
     config.ema_warmup = True
     config.caption_dropout = 0.5
@@ -88,45 +86,26 @@ def published():
     config.control.learn_time_embedding = False
     config.control.time_embedding_mix = 1.0
     config.control.compat = "official"
-    config.optimizer = ConfigDict()
-    config.optimizer.name = "adamw"
-    config.optimizer.learning_rate = 1e-5
-    config.optimizer.schedule = "constant"
-    config.optimizer.warmup_steps = 0
-    config.optimizer.weight_decay = 0.01
-    config.optimizer.clip_norm = config_dict.placeholder(float)
-    config.schedule = ConfigDict()
-    config.schedule.name = "scaled_linear"
-    config.schedule.beta_start = 0.00085
-    config.schedule.beta_end = 0.012
-    config.schedule.num_steps = 1000
+    config.optimizer = common.adamw(
+        learning_rate=1e-5, schedule="constant", warmup_steps=0, weight_decay=0.01,
+        clip_norm=config_dict.placeholder(float),
+    )  # fmt: skip
+    config.schedule = common.betas("scaled_linear", 0.00085, 0.012)
     config.objective = ConfigDict()
     config.objective.prediction = "epsilon"
-    config.data = ConfigDict()
-    config.data.source = "image_folder"
-    config.data.split = "train"
-    config.data.seed = 0
-    config.data.root = config_dict.placeholder(str)  # a folder, or prepared data sets
-    config.data.num_examples = config_dict.placeholder(int)  # of the source, all unless set
+    config.data = common.any_data("image_folder")
     config.data.hint = "canny"
     config.log_every = 50
     config.save_every = 1000
     config.sample_every = 1000
-    config.max_to_keep = 2
-    config.mesh = ConfigDict({"expert": 1, "data": -1, "fsdp": 1, "tensor": 1})
-    config.rules = ()  # of placement, before the library's own (`sharding.MODEL_RULES`)
     return config
 
 
 def full(variant):
     """One of the published sizes."""
     config = published()
+    common.large(config, 512, max_length=77)
     config.base_path = BASES[variant]
-    config.dtype = "bfloat16"
-    config.remat = "full"
-    config.data.size = 512
-    config.data.max_length = 77
-    config.mesh.data, config.mesh.fsdp = 1, -1
     if variant == "sd15":
         config.control.size_ratio = 0.2
     if variant == "sd21":
@@ -155,14 +134,10 @@ def tiny():
     config.save_every = 175
     config.control.block_out_channels = (8, 16, 24)
     config.control.conditioning_embedding_out_channels = (16, 32, 64)  # 4 pixels a latent
-    config.optimizer.learning_rate = 1e-3
-    config.optimizer.schedule = "cosine"
-    config.optimizer.warmup_steps = 50
-    config.optimizer.final_scale = 0.02
-    config.optimizer.clip_norm = 1.0
-    config.schedule.name = "linear"
-    config.schedule.beta_start = 1e-4
-    config.schedule.beta_end = 0.02
+    config.optimizer.update(
+        learning_rate=1e-3, schedule="cosine", warmup_steps=50, final_scale=0.02, clip_norm=1.0
+    )
+    config.schedule = common.betas("linear", 1e-4, 0.02)
     config.objective.prediction = "v_prediction"
     config.data.source = "emoji_scenes"
     config.data.hint = "lines"
@@ -173,9 +148,7 @@ def tiny():
 
 def smoke(config):
     """A few steps on the base of `configs/sd.py:smoke`, to test the plumbing."""
-    config.steps, config.batch_size = 4, 8
-    config.log_every, config.save_every, config.sample_every = 1, 2, 4
-    config.optimizer.warmup_steps = 2
+    common.short(config, steps=4, save_every=2)
     config.data.size = 32
     config.control.block_out_channels = (4, 8)
     config.control.conditioning_embedding_out_channels = (4, 8, 8)

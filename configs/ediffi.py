@@ -44,6 +44,8 @@ into `clip_text_encoder` and `clip_image_encoder`, with `clip_tokenizer` beside 
 
 from ml_collections import ConfigDict, config_dict
 
+from configs import common
+
 VARIANTS = ("tiny", "cascade", "shared", "updates", "mixed", "parallel", "smoke", "paper")
 TINY_TREE = ((3, 0), (4, 15))
 PAPER_TREE = ((3, 0), (9, 511))
@@ -53,8 +55,7 @@ SHARES = (16, 32, 16)  # of a step's 64 samples, :tiny
 
 def get_config(variant="tiny"):
     """The plan of one variant of `VARIANTS`."""
-    if variant not in VARIANTS:
-        raise ValueError(f"unknown variant {variant!r}, use one of {', '.join(VARIANTS)}")
+    common.check(variant, VARIANTS)
     if variant == "paper":
         return paper()
     config = tiny()
@@ -71,18 +72,12 @@ def get_config(variant="tiny"):
     return smoke(config) if variant == "smoke" else config
 
 
-def common():
+def stage():
     """What every stage of every variant shares."""
-    config = ConfigDict()
-    config.task = "train.tasks_ediffi:stage"
-    config.seed = 0
-    config.grad_accum = 1
+    config = common.run("train.tasks_ediffi:stage")
     config.ema_decay = 0.9999
     config.ema_warmup = False
     config.log_every = 50
-    config.max_to_keep = 2
-    config.mesh = ConfigDict({"expert": 1, "data": -1, "fsdp": 1, "tensor": 1})
-    config.rules = ()
     config.parent = config_dict.placeholder(str)
     config.tree = config_dict.placeholder(tuple)
     config.expert = config_dict.placeholder(int)
@@ -92,18 +87,11 @@ def common():
     config.clip_path = config_dict.placeholder(str)
     config.low_res_size = config_dict.placeholder(int)
     config.crop = config_dict.placeholder(int)
-    config.data = ConfigDict()
-    config.data.source = "emoji_scenes"
-    config.data.split = "train"
-    config.data.seed = 0
+    config.data = common.data()
     config.data.root = config_dict.placeholder(str)
-    config.optimizer = ConfigDict()
-    config.optimizer.name = "adamw"
-    config.optimizer.learning_rate = 1e-4
-    config.optimizer.schedule = "constant"
-    config.optimizer.warmup_steps = 0
-    config.optimizer.weight_decay = 0.01
-    config.optimizer.clip_norm = 1.0
+    config.optimizer = common.adamw(
+        learning_rate=1e-4, schedule="constant", warmup_steps=0, weight_decay=0.01, clip_norm=1.0
+    )
     config.levels = ConfigDict({"mean": -1.2, "std": 1.2, "scale": 1.0})
     config.objective = ConfigDict()
     config.objective.dropout = ConfigDict({"text": 0.25, "clip_text": 0.2, "clip_image": 0.9})
@@ -143,7 +131,7 @@ def tiny():
 
 def tiny_stage(steps, batch_size):
     """What the embedded stages share."""
-    config = common()
+    config = stage()
     config.text_path = "{assets}/pixart_tiny"
     config.clip_path = "{assets}/scene_clip"
     config.matmul_precision = "auto"
@@ -154,11 +142,9 @@ def tiny_stage(steps, batch_size):
     config.ema_decay = 0.995
     config.data.size = 64
     config.data.max_length = 24
-    config.optimizer.learning_rate = 1e-3
-    config.optimizer.schedule = "cosine"
-    config.optimizer.warmup_steps = 100
-    config.optimizer.final_scale = 0.02
-    config.optimizer.b2 = 0.99
+    config.optimizer.update(
+        learning_rate=1e-3, schedule="cosine", warmup_steps=100, final_scale=0.02, b2=0.99
+    )
     config.unet = ConfigDict()
     config.unet.attention_head_dim = 32
     config.unet.cross_attention_dim = 96
@@ -237,8 +223,7 @@ def smoke(config):
     """Shrinks everything, to test the plumbing."""
     for name in config.stages:
         stage = config[name]
-        stage.steps, stage.batch_size = 3, 8
-        stage.log_every, stage.save_every, stage.sample_every = 1, 3, 3
+        common.short(stage, steps=3, save_every=3)
         stage.optimizer.warmup_steps, stage.optimizer.schedule = 1, "constant"
         stage.unet.block_out_channels = (8,) * len(stage.unet.block_out_channels)
         stage.unet.layers_per_block = (1,) * len(stage.unet.layers_per_block)
@@ -271,7 +256,7 @@ def paper():
 
 def published(size, steps):
     """What the stages of :paper share."""
-    config = common()
+    config = stage()
     config.steps = steps
     config.batch_size = 2048
     config.save_every = 1000

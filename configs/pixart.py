@@ -35,13 +35,14 @@ The result, a diffusers directory, is `runs/pixart/layout/export`.
 
 from ml_collections import ConfigDict
 
+from configs import common
+
 VARIANTS = ("tiny", "smoke")
 
 
 def get_config(variant="tiny"):
     """`:tiny` (default) makes what `cnxs_jax/assets/pixart_tiny/README.md` describes."""
-    if variant not in VARIANTS:
-        raise ValueError(f"unknown variant {variant!r}, use one of {', '.join(VARIANTS)}")
+    common.check(variant, VARIANTS)
     config = ConfigDict()
     config.stages = ("vae", "decoder", "teacher", "relations", "layout")
     config.vae = vae()
@@ -54,36 +55,21 @@ def get_config(variant="tiny"):
     return config
 
 
-def data():
-    """What all stages read."""
-    config = ConfigDict()
-    config.source = "emoji_scenes"
-    config.split = "train"
-    config.size = 64
-    config.seed = 0
-    return config
-
-
-def common():
+def stage(name, task):
     """What all stages share."""
-    config = ConfigDict()
-    config.seed = 0
-    config.grad_accum = 1
+    config = common.run(task)
+    config.name = name
+    config.data = common.data()
+    config.data.size = 64
     config.matmul_precision = "auto"
     config.log_every = 50
     config.save_every = 500
     config.sample_every = 2000
-    config.max_to_keep = 2
-    config.mesh = ConfigDict({"expert": 1, "data": -1, "fsdp": 1, "tensor": 1})
-    config.rules = ()  # of placement, before the library's own (`sharding.MODEL_RULES`)
     return config
 
 
 def vae():
-    config = common()
-    config.name = "vae"
-    config.task = "train.tasks:autoencoder"
-    config.data = data()
+    config = stage("vae", "train.tasks:autoencoder")
     config.steps = 2400
     config.batch_size = 16
     config.ema_decay = 0.999
@@ -120,10 +106,7 @@ def decoder():
 
 
 def teacher():
-    config = common()
-    config.name = "teacher"
-    config.task = "train.tasks:denoiser"
-    config.data = data()
+    config = stage("teacher", "train.tasks:denoiser")
     config.data.tokenizer = "{assets}/pixart_tiny/tokenizer"
     config.data.max_length = 24
     config.vae_path = "{workdir}/decoder/export/vae"
@@ -132,15 +115,10 @@ def teacher():
     config.ema_decay = 0.999
     config.ema_warmup = True
     config.caption_dropout = 0.1
-    config.optimizer = ConfigDict()
-    config.optimizer.name = "adamw"
-    config.optimizer.learning_rate = 1.5e-3
-    config.optimizer.schedule = "cosine"
-    config.optimizer.warmup_steps = 300
-    config.optimizer.final_scale = 0.02
-    config.optimizer.b2 = 0.99
-    config.optimizer.weight_decay = 0.01
-    config.optimizer.clip_norm = 1.0
+    config.optimizer = common.adamw(
+        learning_rate=1.5e-3, schedule="cosine", warmup_steps=300, final_scale=0.02, b2=0.99,
+        weight_decay=0.01, clip_norm=1.0,
+    )  # fmt: skip
     config.transformer = ConfigDict()
     config.transformer.num_layers = 6
     config.transformer.num_attention_heads = 3
@@ -158,11 +136,7 @@ def teacher():
     config.text_encoder.num_heads = 4
     config.text_encoder.d_ff = 256
     config.text_encoder.num_layers = 2
-    config.schedule = ConfigDict()
-    config.schedule.name = "linear"
-    config.schedule.beta_start = 1e-4
-    config.schedule.beta_end = 0.02
-    config.schedule.num_steps = 1000
+    config.schedule = common.betas("linear", 1e-4, 0.02)
     config.objective = ConfigDict()
     config.objective.prediction = "v_prediction"
     config.objective.loss_weighting = "uniform"
@@ -198,9 +172,7 @@ def layout(relations):
 def smoke(config):
     """Shrinks all stages to a few steps of the smallest networks, to test the plumbing."""
     for stage in (config.vae, config.decoder, config.teacher):
-        stage.steps, stage.batch_size = 6, 8
-        stage.log_every, stage.save_every, stage.sample_every = 1, 3, 6
-        stage.optimizer.warmup_steps = 2
+        common.short(stage, steps=6, save_every=3)
         stage.data.size = 32
     config.vae.vae.block_out_channels = (8, 8, 8)
     config.teacher.transformer.num_layers = 2

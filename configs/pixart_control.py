@@ -29,24 +29,19 @@ Run:
 The result, the adapter in diffusers' layout, is `--workdir`/export/controlnet.
 """
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
-SIZES = {"xl_256": 256, "xl_512": 512, "xl_1024": 1024}
-BASES = {
-    "xl_256": "PixArt-XL-2-256x256",
-    "xl_512": "PixArt-XL-2-512x512",
-    "xl_1024": "PixArt-XL-2-1024-MS",
-}
+from configs import common
+
 # What reached the optimizer: 12 (at 1024 px 4) pictures a GPU on 16 of them.
 BATCH_SIZES = {"xl_256": 192, "xl_512": 192, "xl_1024": 64}
-VARIANTS = ("tiny", "smoke", *SIZES)
+VARIANTS = ("tiny", "smoke", *common.PIXART)
 
 
 def get_config(variant="tiny"):
     """The recipe of one variant of `VARIANTS`."""
-    if variant not in VARIANTS:
-        raise ValueError(f"unknown variant {variant!r}, use one of {', '.join(VARIANTS)}")
-    if variant in SIZES:
+    common.check(variant, VARIANTS)
+    if variant in common.PIXART:
         return xl(variant)
     config = tiny()
     return smoke(config) if variant == "smoke" else config
@@ -54,45 +49,26 @@ def get_config(variant="tiny"):
 
 def published():
     """What the paper and its script say; the variants change what they must."""
-    config = ConfigDict()
+    config = common.run("train.tasks_control:controller")
     config.name = "control"
-    config.task = "train.tasks_control:controller"
-    config.seed = 0
     config.steps = 20_000
     config.batch_size = 192
-    config.grad_accum = 1
     config.ema_decay = 0.9999
     config.ema_warmup = True
     config.caption_dropout = 0.1
     config.guidance_scale = 4.5
     config.control = ConfigDict({"num_layers": 13, "order": "released"})
-    config.optimizer = ConfigDict()
-    config.optimizer.name = "adamw"
-    config.optimizer.learning_rate = 2e-5
-    config.optimizer.schedule = "constant"
-    config.optimizer.warmup_steps = 100
-    config.optimizer.eps = 1e-10
-    config.optimizer.weight_decay = 0.03
-    config.optimizer.clip_norm = 0.01
-    config.schedule = ConfigDict()
-    config.schedule.name = "linear"
-    config.schedule.beta_start = 1e-4
-    config.schedule.beta_end = 0.02
-    config.schedule.num_steps = 1000
+    config.optimizer = common.adamw(
+        learning_rate=2e-5, schedule="constant", warmup_steps=100, eps=1e-10, weight_decay=0.03,
+        clip_norm=0.01,
+    )  # fmt: skip
+    config.schedule = common.betas("linear", 1e-4, 0.02)
     config.objective = ConfigDict()
     config.objective.prediction = "epsilon"
-    config.data = ConfigDict()
-    config.data.source = "emoji_scenes"
-    config.data.split = "train"
-    config.data.seed = 0
-    config.data.root = config_dict.placeholder(str)  # a folder, a cache, a prepared data set
-    config.data.num_examples = config_dict.placeholder(int)  # of the source, all of them unless set
+    config.data = common.any_data()
     config.log_every = 10
     config.save_every = 200
     config.sample_every = 500
-    config.max_to_keep = 2
-    config.mesh = ConfigDict({"expert": 1, "data": -1, "fsdp": 1, "tensor": 1})
-    config.rules = ()  # of placement, before the library's own (`sharding.MODEL_RULES`)
     return config
 
 
@@ -107,32 +83,21 @@ def tiny():
     config.batch_size = 32
     config.ema_decay = 0.99
     config.sample_every = 250
-    config.optimizer.learning_rate = 1e-3
-    config.optimizer.schedule = "cosine"
-    config.optimizer.warmup_steps = 50
-    config.optimizer.final_scale = 0.02
-    config.optimizer.eps = 1e-8
-    config.optimizer.weight_decay = 0.01
-    config.optimizer.clip_norm = 1.0
+    config.optimizer = common.adamw(
+        learning_rate=1e-3, schedule="cosine", warmup_steps=50, final_scale=0.02, eps=1e-8,
+        weight_decay=0.01, clip_norm=1.0,
+    )  # fmt: skip
     config.objective.prediction = "v_prediction"
     return config
 
 
 def smoke(config):
     """A few steps, to test the plumbing."""
-    config.steps, config.batch_size = 4, 8
-    config.log_every, config.save_every, config.sample_every = 1, 2, 4
-    config.optimizer.warmup_steps = 2
-    return config
+    return common.short(config, steps=4, save_every=2)
 
 
 def xl(variant):
     config = published()
-    config.base_path = BASES[variant]
-    config.dtype = "bfloat16"
-    config.remat = "full"
+    config.base_path = common.PIXART[variant]
     config.batch_size = BATCH_SIZES[variant]
-    config.data.size = SIZES[variant]
-    config.data.max_length = 120
-    config.mesh.data, config.mesh.fsdp = 1, -1
-    return config
+    return common.large(config, common.PIXART_SIZES[variant], max_length=120)

@@ -21,15 +21,11 @@ The result: `export/` is the merged pipeline, `export/lora/pytorch_lora_weights.
 adapter for diffusers, `export/lora/peft/` the same for PEFT.
 """
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
-SIZES = {"xl_256": 256, "xl_512": 512, "xl_1024": 1024}
-TEACHERS = {
-    "xl_256": "PixArt-XL-2-256x256",
-    "xl_512": "PixArt-XL-2-512x512",
-    "xl_1024": "PixArt-XL-2-1024-MS",
-}
-VARIANTS = ("tiny", "smoke", *SIZES)
+from configs import common
+
+VARIANTS = ("tiny", "smoke", *common.PIXART)
 TARGETS = (
     r"(.*/)?(to_q|to_k|to_v|to_out_0|net_0/proj|net_2|proj|proj_out|linear|linear_1|linear_2)/kernel",
 )
@@ -38,9 +34,8 @@ ATTENTION = (r".*/(to_q|to_k|to_v|to_out_0)/kernel",)
 
 def get_config(variant="tiny"):
     """The recipe of one variant of `VARIANTS`."""
-    if variant not in VARIANTS:
-        raise ValueError(f"unknown variant {variant!r}, use one of {', '.join(VARIANTS)}")
-    if variant in SIZES:
+    common.check(variant, VARIANTS)
+    if variant in common.PIXART:
         return xl(variant)
     config = tiny()
     return smoke(config) if variant == "smoke" else config
@@ -48,47 +43,28 @@ def get_config(variant="tiny"):
 
 def published():
     """What PixArt's script says; the variants change what they must."""
-    config = ConfigDict()
+    config = common.run("train.tasks:distill")
     config.name = "lcm_lora"
-    config.task = "train.tasks:distill"
-    config.seed = 0
     config.steps = 5000
     config.batch_size = 32
-    config.grad_accum = 1
     config.ema_decay = 0.95
     config.null = "empty_prompt"
     config.lora = ConfigDict({"rank": 32, "alpha": 8.0, "targets": TARGETS})
-    config.optimizer = ConfigDict()
-    config.optimizer.name = "adamw"
-    config.optimizer.learning_rate = 2e-5
-    config.optimizer.schedule = "constant"
-    config.optimizer.warmup_steps = 100
-    config.optimizer.weight_decay = 0.0
-    config.optimizer.clip_norm = 1.0
-    config.schedule = ConfigDict()
-    config.schedule.name = "linear"
-    config.schedule.beta_start = 1e-4
-    config.schedule.beta_end = 0.02
-    config.schedule.num_steps = 1000
+    config.optimizer = common.adamw(
+        learning_rate=2e-5, schedule="constant", warmup_steps=100, weight_decay=0.0, clip_norm=1.0
+    )
+    config.schedule = common.betas("linear", 1e-4, 0.02)
     config.objective = ConfigDict()
     config.objective.prediction = "epsilon"
     config.objective.omega = 4.5
     config.objective.num_ddim_steps = 50
     config.objective.loss = "pseudo_huber"
     config.objective.huber_c = 1e-3
-    config.data = ConfigDict()
-    config.data.source = "emoji_scenes"
-    config.data.split = "train"
-    config.data.seed = 0
-    config.data.root = config_dict.placeholder(str)  # a folder, a cache, a prepared data set
-    config.data.num_examples = config_dict.placeholder(int)  # of the source, all of them unless set
+    config.data = common.any_data()
     config.data.buckets = False
     config.log_every = 10
     config.save_every = 200
     config.sample_every = 500
-    config.max_to_keep = 2
-    config.mesh = ConfigDict({"expert": 1, "data": -1, "fsdp": 1, "tensor": 1})
-    config.rules = ()  # of placement, before the library's own (`sharding.MODEL_RULES`)
     return config
 
 
@@ -102,28 +78,17 @@ def tiny():
     config.steps = 300
     config.save_every = 100
     config.sample_every = 100
-    config.optimizer.learning_rate = 1e-3
-    config.optimizer.schedule = "cosine"
-    config.optimizer.warmup_steps = 20
-    config.optimizer.final_scale = 0.1
+    config.optimizer.update(learning_rate=1e-3, schedule="cosine", warmup_steps=20, final_scale=0.1)
     config.objective.prediction = "v_prediction"
     return config
 
 
 def smoke(config):
     """A few steps, to test the plumbing."""
-    config.steps, config.batch_size = 4, 8
-    config.log_every, config.save_every, config.sample_every = 1, 2, 4
-    config.optimizer.warmup_steps = 2
-    return config
+    return common.short(config, steps=4, save_every=2)
 
 
 def xl(variant):
     config = published()
-    config.teacher_path = TEACHERS[variant]
-    config.dtype = "bfloat16"
-    config.remat = "full"
-    config.data.size = SIZES[variant]
-    config.data.max_length = 120
-    config.mesh.data, config.mesh.fsdp = 1, -1
-    return config
+    config.teacher_path = common.PIXART[variant]
+    return common.large(config, common.PIXART_SIZES[variant], max_length=120)

@@ -16,50 +16,37 @@ looks for it in `cnxs_jax/assets/scene_clip`.
 
 from ml_collections import ConfigDict
 
+from configs import common
+
 VARIANTS = ("tiny", "smoke")
 
 
 def get_config(variant="tiny"):
     """The recipe of one variant of `VARIANTS`."""
-    if variant not in VARIANTS:
-        raise ValueError(f"unknown variant {variant!r}, use one of {', '.join(VARIANTS)}")
+    common.check(variant, VARIANTS)
     config = tiny()
     return smoke(config) if variant == "smoke" else config
 
 
 def tiny():
-    config = ConfigDict()
+    config = common.run("train.tasks_clip:contrastive")
     config.name = "scene_clip"
-    config.task = "train.tasks_clip:contrastive"
-    config.seed = 0
     config.steps = 3000
     config.batch_size = 128
-    config.grad_accum = 1
     config.ema_decay = 0.998
     config.ema_warmup = True
     config.matmul_precision = "auto"
     config.log_every = 50
     config.save_every = 500
     config.sample_every = 10_000  # it draws nothing
-    config.max_to_keep = 2
-    config.mesh = ConfigDict({"expert": 1, "data": -1, "fsdp": 1, "tensor": 1})
-    config.rules = ()
-    config.data = ConfigDict()
-    config.data.source = "emoji_scenes"
-    config.data.split = "train"
+    config.data = common.data()
     config.data.size = 64
-    config.data.seed = 0
     config.data.tokenizer = "{assets}/pixart_tiny/tokenizer"
     config.data.max_length = 24
-    config.optimizer = ConfigDict()
-    config.optimizer.name = "adamw"
-    config.optimizer.learning_rate = 1e-3
-    config.optimizer.schedule = "cosine"
-    config.optimizer.warmup_steps = 200
-    config.optimizer.final_scale = 0.02
-    config.optimizer.b2 = 0.98
-    config.optimizer.weight_decay = 0.1
-    config.optimizer.clip_norm = 1.0
+    config.optimizer = common.adamw(
+        learning_rate=1e-3, schedule="cosine", warmup_steps=200, final_scale=0.02, b2=0.98,
+        weight_decay=0.1, clip_norm=1.0,
+    )  # fmt: skip
     config.text_encoder = encoder(128, 3)
     config.text_encoder.vocab_size = 192
     config.text_encoder.max_position_embeddings = 24

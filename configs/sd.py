@@ -25,61 +25,44 @@ of `configs/controlnet_xs.py`.
 
 from ml_collections import ConfigDict
 
+from configs import common
+
 VARIANTS = ("tiny", "smoke")
 
 
 def get_config(variant="tiny"):
     """The recipe of one variant of `VARIANTS`."""
-    if variant not in VARIANTS:
-        raise ValueError(f"unknown variant {variant!r}, use one of {', '.join(VARIANTS)}")
+    common.check(variant, VARIANTS)
     config = tiny()
     return smoke(config) if variant == "smoke" else config
 
 
 def tiny():
-    config = ConfigDict()
+    config = common.run("train.tasks_unet:base")
     config.name = "sd"
-    config.task = "train.tasks_unet:base"
-    config.seed = 0
     config.steps = 8000
     config.batch_size = 32
-    config.grad_accum = 1
     config.ema_decay = 0.999
     config.ema_warmup = True
     config.matmul_precision = "auto"
     config.log_every = 50
     config.save_every = 500
     config.sample_every = 1000
-    config.max_to_keep = 2
-    config.mesh = ConfigDict({"expert": 1, "data": -1, "fsdp": 1, "tensor": 1})
-    config.rules = ()  # of placement, before the library's own (`sharding.MODEL_RULES`)
     config.vae_path = "{assets}/pixart_tiny/vae"
     config.caption_dropout = 0.1
     config.guidance_scale = 3.0  # of the pictures that a run draws
-    config.data = ConfigDict()
-    config.data.source = "emoji_scenes"
-    config.data.split = "train"
+    config.data = common.data()
     config.data.size = 64
-    config.data.seed = 0
     config.data.relations = 0.0  # share of captions that name a relation for certain
     config.data.tokenizer = "{assets}/sd_tiny/tokenizer"
     config.data.max_length = 24
-    config.optimizer = ConfigDict()
-    config.optimizer.name = "adamw"
-    config.optimizer.learning_rate = 1e-3
-    config.optimizer.schedule = "cosine"
-    config.optimizer.warmup_steps = 300
-    config.optimizer.final_scale = 0.02
-    config.optimizer.b2 = 0.99
-    config.optimizer.weight_decay = 0.01
-    config.optimizer.clip_norm = 1.0
+    config.optimizer = common.adamw(
+        learning_rate=1e-3, schedule="cosine", warmup_steps=300, final_scale=0.02, b2=0.99,
+        weight_decay=0.01, clip_norm=1.0,
+    )  # fmt: skip
     config.unet = unet((48, 64, 96), (2, 2, 3), 96)
     config.text_encoder = text_encoder(96, 3)
-    config.schedule = ConfigDict()
-    config.schedule.name = "linear"
-    config.schedule.beta_start = 1e-4
-    config.schedule.beta_end = 0.02
-    config.schedule.num_steps = 1000
+    config.schedule = common.betas("linear", 1e-4, 0.02)
     config.objective = ConfigDict()
     config.objective.prediction = "v_prediction"
     config.objective.logit_normal = (-0.5, 1.0)
@@ -119,9 +102,7 @@ def text_encoder(width, layers):
 
 def smoke(config):
     """A few steps of the smallest networks, to test the plumbing."""
-    config.steps, config.batch_size = 6, 8
-    config.log_every, config.save_every, config.sample_every = 1, 3, 6
-    config.optimizer.warmup_steps = 2
+    common.short(config, steps=6, save_every=3)
     config.data.size = 32
     config.unet = unet((16, 32), (1, 2), 16)
     config.unet.sample_size = 8

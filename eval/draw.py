@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import jax
@@ -11,6 +10,7 @@ import numpy as np
 
 from cnxs_jax.errors import CheckpointError, ConfigError
 from cnxs_jax.pipelines.images import to_uint8
+from cnxs_jax.storage import replacing
 
 NOTE = "cnxs_jax"  # the PNG text that says what a picture was made with
 
@@ -139,10 +139,8 @@ class Gallery:
 
         path, note = self._path(row, prompts, n), PngImagePlugin.PngInfo()
         note.add_text(NOTE, json.dumps(self.made_with(row, prompts, n)))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
-        Image.fromarray(image).save(temporary, format="PNG", pnginfo=note)
-        temporary.replace(path)
+        with replacing(path) as part:
+            Image.fromarray(image).save(part, format="PNG", pnginfo=note)
 
     def _read(self, row, prompts, n):
         """A kept picture, None where there is none or a damaged one."""

@@ -7,13 +7,12 @@ string "not run (why)". `n` is the figure's sample count, of a distance `num_x` 
 
 import dataclasses
 import math
-import os
 from pathlib import Path
 
 import numpy as np
 
 from cnxs_jax.errors import DataError
-from cnxs_jax.storage import write_json, write_text
+from cnxs_jax.storage import replacing, write_json, write_text
 
 DIRECTORY = "pictures"
 
@@ -156,6 +155,5 @@ def _save_png(path, image):
                 f"a picture is uint8 [H, W, 3], got {image.dtype} {image.shape}", path.name
             )
         image = Image.fromarray(image)
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
-    image.save(temporary, format="PNG", optimize=True)
-    temporary.replace(path)
+    with replacing(path) as part:
+        image.save(part, format="PNG", optimize=True)

@@ -7,14 +7,13 @@ step. They draw from the same keys either way, so a cached run repeats the other
 import jax
 import jax.numpy as jnp
 
-from train.parts import drawn, picture_sizes, to_signed
+from train.parts import drawn, picture_sizes, t5_text, to_signed
 
 
 def extract(networks, encoders, raw, hint=None):
     """Features of a raw batch: moments, text and sizes, with `hint_*` of a control picture."""
-    ids, mask = raw["input_ids"], raw["attention_mask"]
-    text = networks.text.apply({"params": encoders["text_encoder"]}, ids, mask)
-    found = {**moments(networks, encoders, raw["image"]), "text": text, "text_mask": mask}
+    text = t5_text(networks.text, encoders["text_encoder"], raw)
+    found = {**moments(networks, encoders, raw["image"]), **text}
     if hint is not None:
         control = moments(networks, encoders, hint(raw))
         found |= {f"hint_{name}": value for name, value in control.items()}
@@ -53,9 +52,7 @@ def empty_text(networks, encoders, empty):
     """
     if "empty" in encoders:
         return encoders["empty"]
-    ids, mask = empty["input_ids"], empty["attention_mask"]
-    text = networks.text.apply({"params": encoders["text_encoder"]}, ids, mask)
-    return {"text": text, "text_mask": jnp.asarray(mask)}
+    return t5_text(networks.text, encoders["text_encoder"], empty)
 
 
 def drop_text(features, empty, rate, key):

@@ -10,26 +10,17 @@ pretrained encoder's features.
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from cnxs_jax.models.layers import layer_norm
+from train import parts
 
 NAME = "layout"  # of the head's kernel [features, 1 + concepts] among the parameters
 
 
 def with_head(init, dit, concepts):
-    """`init` with the head beside it: parameters, or a function of a key, as it is."""
-    shape, scale = (dit.features, 1 + concepts), dit.features**-0.5
-    if not callable(init):  # given parameters stay on the host
-        drawn = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-        return {**init, NAME: scale * drawn}
-
-    def both(key):
-        key_rest, key_head = jax.random.split(key)
-        return {**init(key_rest), NAME: scale * jax.random.normal(key_head, shape)}
-
-    return both
+    """`init` with the head beside it (`parts.with_head`)."""
+    return parts.with_head(init, NAME, (dit.features, 1 + concepts), dit.features**-0.5)
 
 
 def coverage(map_BxHxW, grid, concepts):
@@ -61,13 +52,3 @@ def tapped(dit):
         return out, tokens[2 * dit.num_layers // 3 - 1]
 
     return denoise
-
-
-def with_loss(denoise):
-    """Of `denoise`, which gives `(output, tokens)`: the output and the head's loss by its name."""
-
-    def both(params, x, t, cond):
-        out, tokens = denoise(params, x, t, cond)
-        return out, {NAME: loss(params[NAME], tokens, cond["coverage"])}
-
-    return both

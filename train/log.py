@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from cnxs_jax.errors import NumericsError
+from cnxs_jax.storage import write_text
 
 
 class Writer:
@@ -30,9 +31,7 @@ class Writer:
 
         path = self.workdir / "metrics.jsonl"
         kept = read_metrics(path, start)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        temporary.replace(path)
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.file = path.open("a")
         self.board = SummaryWriter(str(self.workdir), purge_step=start or None)
 

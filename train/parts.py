@@ -162,6 +162,40 @@ def drawn(vae, mean, logvar, key):
     return (z - (vae.shift_factor or 0.0)) * vae.scaling_factor
 
 
+def t5_text(module, params, tokens):
+    """`text` [B,L,D] and `text_mask` [B,L] of `input_ids` and `attention_mask`."""
+    mask = jnp.asarray(tokens["attention_mask"])
+    text = module.apply({"params": params}, tokens["input_ids"], mask)
+    return {"text": text, "text_mask": mask}
+
+
+def with_text_encoder(denoise, encode):
+    """A denoiser that reads tokens, so that its text encoder trains along.
+
+    Args:
+        denoise: reads the whole tree of parameters.
+        encode: `(params["text_encoder"], cond) -> keys of cond` that `denoise` reads.
+    """
+
+    def joint(params, x, t, cond):
+        return denoise(params, x, t, {**cond, **encode(params["text_encoder"], cond)})
+
+    return joint
+
+
+def with_head(init, name, shape, scale):
+    """`init` with a linear head's kernel beside it; like it, parameters or a function of a key."""
+    if not callable(init):  # given parameters stay on the host
+        drawn = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+        return {**init, name: scale * drawn}
+
+    def both(key):
+        key_rest, key_head = jax.random.split(key)
+        return {**init(key_rest), name: scale * jax.random.normal(key_head, shape)}
+
+    return both
+
+
 def sizes_of(dit, raw):
     """Micro-conditioning: `size` [B,2] and `aspect` [B,1] of a raw batch, or nothing.
 

@@ -4,6 +4,8 @@ Each builder turns a config into a `train.loop.Task`; `KEYS` says which keys it 
 what cannot go together. Nothing here knows how to take a step.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,10 +35,12 @@ from train.parts import (
     scheduler_config,
     sizes_of,
     student_of,
+    t5_text,
     tiles,
     to_signed,
     whole_mask,
     with_adapter_file,
+    with_text_encoder,
 )
 
 PREDICTION = validate.choice(*schedule.PREDICTIONS)
@@ -239,18 +243,21 @@ def scaling_factor(encode_fn, params, image, batch=64):
 # --- the denoiser ----------------------------------------------------------------------------
 
 
-def with_text_encoder(denoise, text_module):
-    """A denoiser that reads `input_ids` and `attention_mask`, so that both networks train.
+def with_losses(dit, terms):
+    """The denoiser of a tree with its heads: its output, and the losses [B] of `terms` if any."""
+    run = layout.tapped(dit) if "layout" in terms else sampling.denoiser(dit)
 
-    Its parameters are {"text_encoder": ..., "transformer": ...}.
-    """
+    def denoise(params, x, t, cond):
+        out, losses = run(params["transformer"], x, t, cond), {}
+        if "layout" in terms:
+            out, tokens = out
+            losses["layout"] = layout.loss(params[layout.NAME], tokens, cond["coverage"])
+        if "word_order" in terms:
+            seen = cond["text"], cond["input_ids"], cond["text_mask"]
+            losses["word_order"] = word_order.loss(params[word_order.NAME], *seen)
+        return (out, losses) if terms else out
 
-    def joint(params, x, t, cond):
-        ids, mask = cond["input_ids"], cond["attention_mask"]
-        text = text_module.apply({"params": params["text_encoder"]}, ids, mask)
-        return denoise(params["transformer"], x, t, {**cond, "text": text, "text_mask": mask})
-
-    return joint
+    return denoise
 
 
 def drop_captions(raw, empty, rate, key):
@@ -270,18 +277,16 @@ def denoiser(config):
 
     dit = make(PixArt, config.transformer)
     vae, vae_params = read_model(config.vae_path)
-    joint, terms = config.get("text_encoder") is not None, {}
-    if config.get("layout"):
-        terms["layout"] = config.layout
-    arrays = ("image", "concept_map") if terms else ("image",)
+    joint = config.get("text_encoder") is not None
+    terms = {name: config[name] for name in ("word_order", "layout") if config.get(name)}
+    arrays = ("image", "concept_map") if "layout" in terms else ("image",)
     loader, tokenizer = inputs.open_loader(config, keys=arrays)
     empty = inputs.tokens(config, tokenizer, [""])
     encoders = {"vae": vae_params}
     if joint:
         text = make(T5Encoder, config.text_encoder)
         check_vocabulary(tokenizer, text)
-        run = with_text_encoder(layout.tapped(dit) if terms else sampling.denoiser(dit), text)
-        run = layout.with_loss(run) if terms else run
+        run = with_text_encoder(with_losses(dit, terms), functools.partial(t5_text, text))
     else:
         text, encoders["text_encoder"] = read_model(config.text_encoder_path)
         run = sampling.denoiser(dit)
@@ -297,11 +302,9 @@ def denoiser(config):
         key_drop, key_vae = jax.random.split(key)
         cond = drop_captions(raw, empty, config.caption_dropout, key_drop)
         if not joint:
-            ids, mask = cond["input_ids"], cond["attention_mask"]
-            embedded = text.apply({"params": encoders["text_encoder"]}, ids, mask)
-            cond = {"text": embedded, "text_mask": mask}
+            cond = t5_text(text, encoders["text_encoder"], cond)
         x = latents(vae, encoders["vae"], raw["image"], key_vae)
-        if terms:
+        if "layout" in terms:
             grid = (dit.sample_size // dit.patch_size,) * 2
             cond["coverage"] = layout.coverage(raw["concept_map"], grid, concepts)
         return {"x": x, "cond": {**cond, **sizes_of(dit, raw)}}
@@ -324,9 +327,9 @@ def denoiser(config):
 
     if config.get("init_path"):
         init = start_from(config.init_path, init, joint)
-    if config.get("word_order"):
+    if "word_order" in terms:
         init = word_order.with_heads(init, text)
-    if terms:
+    if "layout" in terms:
         concepts = len(inputs.world(config).concepts)
         init = layout.with_head(init, dit, concepts)
 
@@ -344,8 +347,6 @@ def denoiser(config):
     options = {"num_inference_steps": 20}
     sample, export = outputs(config, components, tokenizer, scheduler, options, resolve)
     objective = objectives.denoise(run, noise, resolve, terms=terms, **config.objective)
-    if config.get("word_order"):
-        objective = word_order.with_loss(objective, text, resolve, config.word_order)
     return Task(objective, init, loader, encode, encoders, frozen, sample, export)
 
 

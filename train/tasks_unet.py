@@ -36,6 +36,7 @@ from train.parts import (
     outputs,
     scheduler_config,
     tiles,
+    with_text_encoder,
 )
 from train.tasks import DENOISE, check_range, frozen_part
 
@@ -137,19 +138,6 @@ CONFLICTS = {"base": check_base, "controller": check_controller}
 # --- the base --------------------------------------------------------------------------------
 
 
-def with_text_encoder(denoise, text_module):
-    """A denoiser that reads `input_ids`, so that both networks train.
-
-    Its parameters are {"text_encoder": ..., "unet": ...}.
-    """
-
-    def joint(params, x, t, cond):
-        out = text_module.apply({"params": params["text_encoder"]}, cond["input_ids"])
-        return denoise(params["unet"], x, t, {**cond, "text": out["last"]})
-
-    return joint
-
-
 def base(config):
     """Trains a UNet and its CLIP text encoder; exports a StableDiffusionPipeline."""
     from cnxs_jax.pipelines.load import read_model
@@ -187,7 +175,12 @@ def base(config):
         config, components, tokenizer, scheduler, drawing(config), resolve,
         family="StableDiffusionPipeline",
     )  # fmt: skip
-    run = with_text_encoder(sampling.denoiser(unet), text)
+    denoise = sampling.denoiser(unet)
+
+    def encode_text(params, cond):
+        return {"text": text.apply({"params": params}, cond["input_ids"])["last"]}
+
+    run = with_text_encoder(lambda params, *rest: denoise(params["unet"], *rest), encode_text)
     objective = objectives.denoise(run, noise_schedule(config), resolve, **config.objective)
     return Task(objective, init, loader, encode, {"vae": vae_params}, frozen, sample, export)
 

@@ -271,10 +271,10 @@ def check_stage(values, where):
 def task_tables(task, where):
     """The table of the keys that `task` ("module:function") reads, and its check of conflicts."""
     module, _, function = task.partition(":")
-    try:
-        found = importlib.import_module(module)
-    except (ModuleNotFoundError, ValueError, TypeError) as error:  # "", ".relative"
-        raise ConfigError(f"no task {task!r}: {error}", where, "write module:function") from None
+    found = module_of(module)
+    if found is None:
+        what = f"no task {task!r}: there is no module {module!r}"
+        raise ConfigError(what, where, "write module:function")
     tables = getattr(found, "KEYS", {})
     if function not in tables:
         raise ConfigError(
@@ -283,6 +283,18 @@ def task_tables(task, where):
             f"its tasks are {', '.join(tables)}",
         )
     return tables[function], getattr(found, "CONFLICTS", {}).get(function)
+
+
+def module_of(name):
+    """The module of this name, None where there is none; what it raises itself is its own fault."""
+    if not all(part.isidentifier() for part in name.split(".")):  # "", ".relative"
+        return None
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if not f"{name}.".startswith(f"{error.name}."):
+            raise  # the module is there, another that it imports is not
+        return None
 
 
 def check_table(values, table, where):

@@ -7,31 +7,23 @@ had the right axis and a random side. So linear heads predict the three tokens o
 each token; they are trained beside the denoiser and are not exported.
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+from train.parts import with_head
 
 OFFSETS = np.array([-3, -2, -1, 1, 2, 3])
 NAME = "neighbours"  # of the heads' kernels [offsets, width, vocabulary] among the parameters
 
 
 def with_heads(init, text_module):
-    """`init` with the heads beside it: parameters, or a function of a key, as it is."""
-    shape, scale = (len(OFFSETS), text_module.d_model, text_module.vocab_size), 0.1
-    if not callable(init):  # given parameters stay on the host
-        drawn = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-        return {**init, NAME: scale * drawn}
-
-    def both(key):
-        key_rest, key_heads = jax.random.split(key)
-        return {**init(key_rest), NAME: scale * jax.random.normal(key_heads, shape)}
-
-    return both
+    """`init` with the heads beside it (`parts.with_head`)."""
+    return with_head(init, NAME, (len(OFFSETS), text_module.d_model, text_module.vocab_size), 0.1)
 
 
 def loss(heads, text_BxLxD, ids_BxL, mask_BxL):
-    """Mean cross-entropy over each caption's pairs of neighbours, nats; float32 `[]`."""
+    """Mean cross-entropy over each caption's pairs of neighbours, nats; float32 `[B]`."""
     length = ids_BxL.shape[1]
     there = np.arange(length) + OFFSETS[:, None]
     inside = (there >= 0) & (there < length)
@@ -39,18 +31,4 @@ def loss(heads, text_BxLxD, ids_BxL, mask_BxL):
     logits = jnp.einsum("bld,odv->bolv", text_BxLxD, heads)
     wrong = optax.softmax_cross_entropy_with_integer_labels(logits, ids_BxL[:, there])
     weight = mask_BxL[:, None] * mask_BxL[:, there] * inside[None]
-    return jnp.mean((weight * wrong).sum((1, 2)) / jnp.maximum(weight.sum((1, 2)), 1))
-
-
-def with_loss(objective, text_module, resolve, weight):
-    """`objective` and `weight` times the heads' loss, on the batch's captions."""
-
-    def joint(params, ema, frozen, batch, keys):
-        value, metrics = objective(params, ema, frozen, batch, keys)
-        whole = resolve(params, frozen)
-        ids, mask = batch["cond"]["input_ids"], batch["cond"]["attention_mask"]
-        text = text_module.apply({"params": whole["text_encoder"]}, ids, mask)
-        order = loss(whole[NAME], text, ids, mask)
-        return value + weight * order, {**metrics, "word_order": order}
-
-    return joint
+    return (weight * wrong).sum((1, 2)) / jnp.maximum(weight.sum((1, 2)), 1)

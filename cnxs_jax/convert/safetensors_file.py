@@ -4,11 +4,9 @@ The reference implementation accepts duplicate keys and headers of 90 MB, and it
 stores wrong values for arrays that are not C-contiguous; so both directions are done here.
 """
 
-import contextlib
 import json
 import os
 import struct
-import tempfile
 
 import ml_dtypes
 import numpy as np
@@ -23,6 +21,7 @@ from cnxs_jax.convert.mapped import (
     fail,
     is_count,
 )
+from cnxs_jax.storage import replacing
 
 MAX_HEADER = 10 * 2**20
 
@@ -147,25 +146,17 @@ def write(path, tensors, metadata=None, dtype=None):
     """
     arrays = {key: storable(key, array, dtype, path) for key, array in tensors.items()}
     order = sorted(arrays, key=lambda k: (-arrays[k].dtype.itemsize, k))
-    directory = os.path.dirname(os.path.abspath(path))
-    temporary = None
     try:
-        with tempfile.NamedTemporaryFile(dir=directory, suffix=".tmp", delete=False) as file:
-            temporary = file.name
-            file.write(header_bytes(arrays, order, metadata or {"format": "pt"}))
-            for key in order:
-                file.write(np.array(arrays[key], order="C").tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        verify(temporary, arrays, path)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        with replacing(path) as part:
+            with part.open("wb") as file:
+                file.write(header_bytes(arrays, order, metadata or {"format": "pt"}))
+                for key in order:
+                    file.write(np.array(arrays[key], order="C").tobytes())
+                file.flush()
+                os.fsync(file.fileno())
+            verify(part, arrays, path)
     except OSError as error:
         raise fail(f"cannot write the weights: {error.strerror}", path) from None
-    finally:
-        if temporary:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
 
 
 def storable(key, array, dtype, path):
@@ -196,9 +187,9 @@ def header_bytes(arrays, order, metadata):
     return struct.pack("<Q", len(data)) + data
 
 
-def verify(temporary, arrays, path):
+def verify(part, arrays, path):
     """Compares what is on disk with what was meant, byte for byte."""
-    back = read(temporary)
+    back = read(part)
     for key, array in arrays.items():
         same = back[key].shape == array.shape and back[key].dtype == array.dtype
         if not same or back[key].tobytes() != array.tobytes():

@@ -18,6 +18,7 @@ import pathlib
 import numpy as np
 
 from cnxs_jax.errors import DataError
+from cnxs_jax.storage import replacing, write_json
 
 FORMAT = 1
 PADDED = ("text",)  # cut to their valid tokens on disk
@@ -72,7 +73,7 @@ def write(root, shard, examples, manifest):
     root = pathlib.Path(root)
     root.mkdir(parents=True, exist_ok=True)
     stem, index = root / shard.name, []
-    part = stem.with_suffix(".part")
+    part = stem.with_suffix(".part")  # large: what a killed run left is written over
     # One record a group: training reads them in any order.
     writer = ArrayRecordWriter(str(part), "group_size:1")
     for number, (height, width), record in examples:
@@ -82,9 +83,7 @@ def write(root, shard, examples, manifest):
     part.replace(stem.with_suffix(".array_record"))
     np.save(stem.with_suffix(".index.npy"), np.array(index, np.int64).reshape(-1, 3))
     own = {"format": FORMAT, "shard": shard.index, "shards": shard.count, "records": len(index)}
-    temporary = stem.with_suffix(".tmp")
-    temporary.write_text(json.dumps({**manifest, **own}, indent=2, sort_keys=True) + "\n")
-    temporary.replace(stem.with_suffix(".json"))
+    write_json(stem.with_suffix(".json"), {**manifest, **own})
     return len(index)
 
 
@@ -233,10 +232,8 @@ EMPTY = "empty.npy"
 
 def write_empty(root, text):
     """The empty prompt's valid tokens [n,D], which guidance and caption dropout need."""
-    pathlib.Path(root).mkdir(parents=True, exist_ok=True)
-    temporary = pathlib.Path(root) / f"{EMPTY}.tmp.npy"
-    np.save(temporary, np.asarray(text, np.float32))
-    temporary.replace(pathlib.Path(root) / EMPTY)
+    with replacing(pathlib.Path(root) / EMPTY) as part, part.open("wb") as file:
+        np.save(file, np.asarray(text, np.float32))
 
 
 def read_empty(source):

@@ -48,18 +48,17 @@ class Studio:
     @property
     def controlled(self):
         """Whether a controller wants a picture."""
-        return bool(getattr(self.teacher, "controllers", ()))
+        return bool(self.teacher.controllers)
 
     @property
     def styled(self):
         """Whether a reference picture has a meaning."""
-        encoders = getattr(self.teacher, "encoders", None)
-        return getattr(encoders, "clip_image", None) is not None
+        return self.teacher.styled
 
     @property
     def defaults(self):
         """(steps, guidance scale) of each model."""
-        return [_defaults(model.pipe) for model in self.models]
+        return [model.pipe.defaults() for model in self.models]
 
     @property
     def sizes(self):
@@ -78,10 +77,10 @@ def studio(names, pipes):
     """The `Studio` of one or two pipelines; raises ConfigError where they do not go together."""
     models = tuple(Model(*row) for row in zip(ROLES[len(pipes)], names, pipes, strict=True))
     made = Studio(models)
-    wanted = {bool(getattr(model.pipe, "controllers", ())) for model in models}
+    wanted = {bool(model.pipe.controllers) for model in models}
     if len(wanted) > 1:
         raise ConfigError("only one of them has a controller", "--student", "give --control")
-    if len(getattr(made.teacher, "controllers", ())) > 1:
+    if len(made.teacher.controllers) > 1:
         raise ConfigError("the page shows one controller", "--control")
     _ = made.sizes
     return made
@@ -89,29 +88,18 @@ def studio(names, pipes):
 
 def _sizes(pipe):
     """(height, width) that a pipeline draws: its own, and 4:3 where it is free to choose."""
-    if hasattr(pipe, "stages"):  # a cascade draws one size
-        return [(pipe.stages[-1].size,) * 2]
-    own = pipe.asked_size(None, None)
+    own, _ = pipe.sizes(None, None)
     short = max(own[0] * 3 // 4 // pipe.multiple, 1) * pipe.multiple
     wanted = [own, (short, own[1]), (own[0], short)]
     return [size for size in dict.fromkeys(wanted) if _draws(pipe, size)]
 
 
 def _draws(pipe, size):
-    if hasattr(pipe, "stages"):
-        return size in _sizes(pipe)
     try:
         pipe.sizes(*size)
     except ConfigError:
         return False
     return True
-
-
-def _defaults(pipe):
-    if hasattr(pipe, "stages"):
-        sampler = pipe.stages[0].sampler
-        return sampler.steps, sampler.guidance_scale
-    return pipe.defaults()
 
 
 def arguments(studio, form):

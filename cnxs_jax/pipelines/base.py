@@ -9,7 +9,7 @@ column of the solver's table are traced.
 import contextlib
 import dataclasses
 import functools
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,34 +20,12 @@ from cnxs_jax.diffusion import guidance, sampling, solvers
 from cnxs_jax.errors import ConfigError
 from cnxs_jax.models import tiling
 from cnxs_jax.pipelines import control as controls
+from cnxs_jax.pipelines import diffusers_layout, offload
 from cnxs_jax.pipelines import images as pictures
-from cnxs_jax.pipelines import offload
 from cnxs_jax.pipelines import request as requests
+from cnxs_jax.pipelines.interface import CONTROL, Component, Result, TextToImage, request_of
 from cnxs_jax.pipelines.scheduler import is_lcm, override
 from cnxs_jax.pipelines.sizes import check_side, resize_and_crop
-
-# Arguments of `__call__` that need a part, and their defaults: a controller, an expert ensemble.
-_CONTROL = {
-    "image": None,
-    "controlnet_conditioning_scale": 1.0,
-    "control_guidance_start": 0.0,
-    "control_guidance_end": 1.0,
-}
-_STYLE = {"style_image": None, "style_scale": None}
-
-
-class Component(NamedTuple):
-    """A network and its parameters."""
-
-    module: Any
-    params: Any
-
-
-class Result(NamedTuple):
-    """`images` (see `output_type`) and, for each image, the `parameters` that draw it again."""
-
-    images: Any
-    parameters: list
 
 
 @functools.partial(jax.jit, static_argnames=("shape",))
@@ -94,7 +72,7 @@ def encode_text(module, params, ids, mask):
 
 
 @dataclasses.dataclass(frozen=True)
-class Pipeline:
+class Pipeline(TextToImage):
     """Text to image. Made by `load_pipeline`; `pipe(prompt, ...)` draws.
 
     Attributes:
@@ -109,7 +87,7 @@ class Pipeline:
         vae_tile: latents a side that the autoencoder decodes at once, or None for all.
     """
 
-    components: dict
+    components: dict[str, Component]
     tokenizer: Any
     scheduler: dict
     null_text: Any = None
@@ -119,7 +97,6 @@ class Pipeline:
     offload: str | None = None
     vae_tile: int | None = None
 
-    class_name: ClassVar[str]  # diffusers' name of the family
     classes: ClassVar[dict]  # {directory: (library, class)} of model_index.json
     networks: ClassVar[tuple]  # the directories that hold networks
     tokenizers: ClassVar[tuple] = ("tokenizer",)
@@ -130,81 +107,11 @@ class Pipeline:
     steps: ClassVar[int] = 20
     guidance_scale: ClassVar[float] = 7.5
 
-    def __call__(
-        self,
-        prompt,
-        negative_prompt=None,
-        image=None,
-        num_inference_steps=None,
-        guidance_scale=None,
-        controlnet_conditioning_scale=1.0,
-        control_guidance_start=0.0,
-        control_guidance_end=1.0,
-        word_masks=None,
-        style_image=None,
-        style_scale=None,
-        height=None,
-        width=None,
-        num_images_per_prompt=1,
-        seed=0,
-        latents=None,
-        output_type="pil",
-    ):
-        """Draws pictures.
-
-        Args:
-            prompt: a text or a list of texts, at most 2000 characters each; "" is unconditional.
-            negative_prompt: a text, or one a prompt, that takes the unconditional half's place.
-            image: with a controller, its control picture or a list of them, see `control.check`;
-                for several controllers a list with one of these each.
-            controlnet_conditioning_scale: factor on what the controller adds; 0 is the controlled
-                network with nothing added, which is the base only if the controller leaves its
-                time embedding alone.
-            control_guidance_start, control_guidance_end: the controller acts on steps i of n with
-                i/n >= start and (i+1)/n <= end. All three may be lists, one entry a controller.
-            word_masks: {phrase of the prompt: mask [h,w] in [0,1] or (mask, weight)}, or a list of
-                such dicts, one a prompt (`cnxs_jax.control.paint`). A mask of zeros is no painting.
-            style_image, style_scale: need an expert ensemble.
-            num_inference_steps: rows of the solver; the family's default, 4 with LCM.
-            guidance_scale: w of eps_u + w (eps_c - eps_u) (Imagen, equation 2), off if w <= 1;
-                the family's default, 0 with LCM.
-            height, width: pixels; the model's own unless given, with a controller its picture's.
-            num_images_per_prompt: images of one prompt are neighbours in the result.
-            seed: a number: image n uses fold_in(key(seed), n). A list has one entry an image:
-                a number s stands for fold_in(key(s), 0), the first image of seed s, and a pair
-                (s, n) for its image n. So a picture does not depend on its batch.
-            latents: [B,h,w,C] standard normal noise to start from instead of the seed's.
-            output_type: "pil" list, "np" float32 [B,H,W,3] in [0,1], "latent" [B,h,w,C].
-
-        Returns:
-            Result with `images` and `parameters`.
-
-        Raises:
-            ConfigError: a bad argument, before any device work.
-            NumericsError: the networks' output is not finite.
-        """
-        given = locals()
-        unused = _STYLE if self.controllers else _CONTROL | _STYLE
-        requests.refuse_unused(
-            {name: given[name] for name in unused},
-            unused,
-            "this pipeline was loaded without a controller or expert ensemble",
-        )
-        defaults = self.defaults()
-        request = requests.check(
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            steps=defaults[0] if num_inference_steps is None else num_inference_steps,
-            guidance=defaults[1] if guidance_scale is None else guidance_scale,
-            height=height,
-            width=width,
-            repeats=num_images_per_prompt,
-            seed=seed,
-            latents=latents,
-            output_type=output_type,
-            word_masks=word_masks,
-        )
-        wanted = (given[name] for name in _CONTROL)
+    def _call(self, given):
+        named = (given["num_inference_steps"], given["guidance_scale"])
+        both = zip(named, self.defaults(), strict=True)
+        request = request_of(given, *(own if value is None else value for value, own in both))
+        wanted = (given[name] for name in CONTROL)
         control = controls.check(self.controllers, *wanted, request) if self.controllers else None
         with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
             return self._draw(request, control)
@@ -268,6 +175,17 @@ class Pipeline:
         changed = dataclasses.replace(self, scheduler=config, controllers=controllers)
         changed.check()
         return changed
+
+    @classmethod
+    def read(cls, directory, dtype, compat=None, **parts):
+        """The pipeline in a diffusers directory."""
+        pipe = cls(*diffusers_layout.read(cls, directory, dtype, compat, **parts))
+        pipe.check()
+        return pipe
+
+    def write(self, directory, dtype=None):
+        """Writes diffusers' layout."""
+        diffusers_layout.write(self, directory, dtype)
 
     def check(self):
         """Raises ConfigError where components or controllers do not belong together."""

@@ -28,16 +28,10 @@ from cnxs_jax.models.conditioning import Encoders, clip_pixels, dropped
 from cnxs_jax.pipelines import cascade
 from cnxs_jax.pipelines import images as pictures
 from cnxs_jax.pipelines import request as requests
-from cnxs_jax.pipelines.base import Result, draw
+from cnxs_jax.pipelines.base import draw
+from cnxs_jax.pipelines.interface import Result, TextToImage, request_of
 from cnxs_jax.pipelines.scheduler import read_json
 from cnxs_jax.storage import write_json
-
-_ELSEWHERE = {
-    "image": None,
-    "controlnet_conditioning_scale": 1.0,
-    "control_guidance_start": 0.0,
-    "control_guidance_end": 1.0,
-}
 
 
 @functools.partial(jax.jit, static_argnames=("encoders",))
@@ -58,8 +52,11 @@ def noises(keys_B, number, sizes):
 
 
 @dataclasses.dataclass(frozen=True)
-class EDiffIPipeline:
-    """Text to image by a cascade of expert ensembles. `pipe(prompt, ...)` draws.
+class EDiffIPipeline(TextToImage):
+    """Text to image by a cascade of expert ensembles, in the last stage's size.
+
+    The base paints words (section 4.3) and starts from `latents`; "latent" output is float32
+    pictures in [-1, 1].
 
     Attributes:
         stages: `Stage`s, the base first.
@@ -76,64 +73,25 @@ class EDiffIPipeline:
 
     class_name: ClassVar[str] = "EDiffIPipeline"
 
-    def __call__(
-        self,
-        prompt,
-        negative_prompt=None,
-        image=None,
-        num_inference_steps=None,
-        guidance_scale=None,
-        controlnet_conditioning_scale=1.0,
-        control_guidance_start=0.0,
-        control_guidance_end=1.0,
-        word_masks=None,
-        style_image=None,
-        style_scale=None,
-        height=None,
-        width=None,
-        num_images_per_prompt=1,
-        seed=0,
-        latents=None,
-        output_type="pil",
-    ):
-        """Draws pictures of the last stage's size; arguments as in `pipelines.base.Pipeline`.
+    @property
+    def styled(self):
+        """Whether there is an encoder for reference pictures."""
+        return self.encoders.clip_image is not None
 
-        Args:
-            num_inference_steps, guidance_scale: of the base, or a list with one a stage; None is
-                the stage's own.
-            word_masks: {phrase: mask [h,w] or (mask, weight)}, one dict or one a prompt, painted
-                by the base (section 4.3); see `control.paint`.
-            style_image: a reference picture (PIL or [H,W,3]), or one a prompt (section 4.2).
-            style_scale: its own guidance weight v of eps_u + w (eps_c - eps_u) + v (eps_s - eps_c);
-                None guides to text and style together with w.
-            height, width: None or the last stage's size.
-            latents: standard normal noise [B,h,w,3] of the base.
-            output_type: "latent" gives float32 pictures in [-1, 1].
-
-        Raises:
-            ConfigError, NumericsError: as there.
-        """
-        given = locals()
-        requests.refuse_unused(
-            {name: given[name] for name in _ELSEWHERE}, _ELSEWHERE, "the cascade has no controller"
+    def _call(self, given):
+        style_image, style_scale = given["style_image"], given["style_scale"]
+        amounts = zip(
+            self.per_stage(given["num_inference_steps"], "steps", "num_inference_steps"),
+            self.per_stage(given["guidance_scale"], "guidance_scale", "guidance_scale"),
+            strict=True,
         )
-        rows = [
-            requests.check(
-                prompt, negative_prompt, steps, scale, height, width, num_images_per_prompt, seed,
-                latents, output_type,
-            )
-            for steps, scale in zip(
-                self.per_stage(num_inference_steps, "steps", "num_inference_steps"),
-                self.per_stage(guidance_scale, "guidance_scale", "guidance_scale"),
-                strict=True,
-            )
-        ]  # fmt: skip
+        rows = [request_of(given, steps, scale) for steps, scale in amounts]
         self.check_size(rows[0])
         check_style(style_scale, style_image is not None and rows[0].guided)
         cond, null = self.condition(rows[0], style_image)
-        base = self.painted(rows[0], word_masks)
+        base = self.painted(rows[0])
         noise, keys = draw(rows[0].seeds, rows[0].indices, (self.stages[0].size,) * 2 + (3,))
-        x = noise if latents is None else jnp.asarray(rows[0].latents)
+        x = noise if rows[0].latents is None else jnp.asarray(rows[0].latents)
         for number, (stage, row) in enumerate(zip(self.stages, rows, strict=True)):
             own, own_null = base if number == 0 else ({}, {})
             whole = guided({**cond, **own}, {**null, **own_null}, row, style_scale)
@@ -141,7 +99,7 @@ class EDiffIPipeline:
                 start, noise = noises(keys, number, (stage.size, x.shape[1]))
                 whole, x = augmented(whole, x, noise, stage), start
             x = stage.draw(x, whole, row.steps)
-        return self.result(x, rows, word_masks, style_scale)
+        return self.result(x, rows, style_scale)
 
     def per_stage(self, value, field, name):
         """One number a stage from an argument and the stages' own."""
@@ -152,13 +110,23 @@ class EDiffIPipeline:
             return [mine if v is None else v for v, mine in zip(value, own, strict=True)]
         return own if value is None else [value, *own[1:]]
 
+    def defaults(self):
+        """(steps, guidance scale) of the base in a call that names none."""
+        sampler = self.stages[0].sampler
+        return sampler.steps, sampler.guidance_scale
+
+    def sizes(self, height, width):
+        """Sizes of result and drawing: the last stage's."""
+        own = self.stages[-1].size
+        for name, side in (("height", height), ("width", width)):
+            if side not in (None, own):
+                raise ConfigError(f"the cascade draws {own} px", name, "leave it out")
+        return (own, own), (own, own)
+
     def check_size(self, request):
         """Raises ConfigError for another size, or noise of another shape."""
-        last, first = self.stages[-1].size, self.stages[0].size
-        for name in ("height", "width"):
-            if getattr(request, name) not in (None, last):
-                raise ConfigError(f"the cascade draws {last} px", name, "leave it out")
-        given = request.latents
+        self.sizes(request.height, request.width)
+        first, given = self.stages[0].size, request.latents
         if given is not None and given.shape[1:] != (first, first, 3):
             raise ConfigError(
                 f"expected [{request.batch},{first},{first},3], got {list(given.shape)}", "latents"
@@ -189,8 +157,6 @@ class EDiffIPipeline:
 
     def references(self, style_image, count):
         """CLIP's input of one reference picture a prompt."""
-        if self.encoders.clip_image is None:
-            raise ConfigError("this cascade has no image encoder", "style_image")
         several = isinstance(style_image, list | tuple)
         given = list(style_image) if several else [style_image] * count
         if len(given) != count:
@@ -199,19 +165,18 @@ class EDiffIPipeline:
         arrays = [jnp.asarray(pictures.to_array(picture))[None] for picture in given]
         return jnp.concatenate([clip_pixels(array, size) for array in arrays])
 
-    def painted(self, request, word_masks):
+    def painted(self, request):
         """`(keys of cond, keys of null)` of painted words; empty without masks."""
-        if word_masks is None:
+        if request.word_masks is None:
             return {}, {}
-        masks = [word_masks] * len(request.prompts) if isinstance(word_masks, dict) else word_masks
         order = [n for n in ("text", "clip_text") if n in self.tokenizers]  # the context's
         contexts = [(self.tokenizers[n], self.max_tokens[n]) for n in order]
         side = (self.stages[0].size,) * 2
-        made = paint.word_condition(contexts, request.prompts, list(masks), side)
+        made = paint.word_condition(contexts, request.prompts, request.word_masks, side)
         repeat = functools.partial(np.repeat, repeats=request.repeats, axis=0)
         return jax.tree.map(lambda a: jnp.asarray(repeat(a)), made)
 
-    def result(self, x, rows, word_masks, style_scale):
+    def result(self, x, rows, style_scale):
         """The Result of the last stage's pictures."""
         out, request = np.asarray(x, np.float32), rows[0]
         requests.check_finite(out, request)
@@ -224,7 +189,7 @@ class EDiffIPipeline:
                 "steps": [row.steps for row in rows],
                 "guidance": [row.guidance for row in rows],
                 "style_scale": style_scale,
-                "word_masks": word_masks is not None,
+                "word_masks": request.word_masks is not None,
                 "pipeline": self.class_name,
             }
             for n in range(request.batch)
@@ -235,7 +200,7 @@ class EDiffIPipeline:
         return Result(out if request.output_type == "np" else pictures.to_pil(out), parameters)
 
     def write(self, directory, dtype=None):
-        """Writes the layout above into `directory`; `save_pipeline` calls it."""
+        """Writes the layout above into `directory`."""
         index = {
             "_class_name": self.class_name,
             "stages": [stage.name for stage in self.stages],
@@ -249,12 +214,8 @@ class EDiffIPipeline:
         )
 
     @classmethod
-    def read(cls, directory, dtype=None, **parts):
-        """The pipeline in `directory`; `load_pipeline` calls it.
-
-        Raises:
-            ConfigError: parts that it does not take. CheckpointError: missing or damaged files.
-        """
+    def read(cls, directory, dtype=None, compat=None, **parts):
+        """The pipeline in `directory`; it takes none of the parts."""
         requests.refuse_parts(cls.class_name, **parts)
         index = read_json(directory / "model_index.json")
         names, limits = index.get("stages"), index.get("max_tokens")

@@ -2,14 +2,11 @@
 
 import io
 import json
-import os
-import pathlib
-import tempfile
 
 import numpy as np
 
 from cnxs_jax.errors import ConfigError, DataError, NumericsError
-from cnxs_jax.storage import public_mode
+from cnxs_jax.storage import replacing
 
 # Private-use chunk keyword under which the parameters are stored, as JSON.
 PNG_KEY = "cnxs_jax"
@@ -65,17 +62,8 @@ def save_png(image, path, parameters=None):
         parameters: JSON-able dict stored in a text chunk; `read_parameters` gets it back.
     """
     data = png_bytes(image, parameters)
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(part, public_mode())
-        os.replace(part, path)
-    except BaseException:
-        pathlib.Path(part).unlink(missing_ok=True)
-        raise
+    with replacing(path) as part:
+        part.write_bytes(data)
 
 
 def png_bytes(image, parameters=None):

@@ -21,7 +21,7 @@ from cnxs_jax.convert import (
 from cnxs_jax.convert import controlnet_xs_fused as fused
 from cnxs_jax.convert import quantize as int8
 from cnxs_jax.errors import CheckpointError, ConfigError, did_you_mean
-from cnxs_jax.storage import write_json
+from cnxs_jax.storage import replacing, write_json
 
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 ENDINGS = (
@@ -355,9 +355,8 @@ def write_pth(file, tensors, dtype):
         raise ConfigError("writing a .pth needs PyTorch", str(file), fix) from None
     kind = None if dtype is None else getattr(torch, np.dtype(dtype).name)
     state = {k: torch.from_numpy(np.array(v, np.float32)).to(kind) for k, v in tensors.items()}
-    temporary = file.with_suffix(".tmp")
-    torch.save({"state_dict": state}, temporary)
-    os.replace(temporary, file)
+    with replacing(file) as part, part.open("wb") as out:
+        torch.save({"state_dict": state}, out)
 
 
 def make_directory(directory):

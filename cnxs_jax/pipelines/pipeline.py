@@ -8,23 +8,17 @@ import tempfile
 
 import jax.numpy as jnp
 
-from cnxs_jax.convert.families import family_of_module
-from cnxs_jax.diffusion import solvers
 from cnxs_jax.errors import CheckpointError, ConfigError, did_you_mean, first_line
-from cnxs_jax.models import tiling
 from cnxs_jax.pipelines import offload as offloading
 from cnxs_jax.pipelines import scheduler as schedulers
-from cnxs_jax.pipelines.base import Component, Pipeline
-from cnxs_jax.pipelines.control import open_controllers
+from cnxs_jax.pipelines.base import Pipeline
+from cnxs_jax.pipelines.diffusers_layout import COMPAT, INDEX
 from cnxs_jax.pipelines.ediffi import EDiffIPipeline
-from cnxs_jax.pipelines.load import load_null_caption, place, read_model, save_model
 from cnxs_jax.pipelines.pixart import PixArtAlphaPipeline
-from cnxs_jax.pipelines.request import refuse_parts
 from cnxs_jax.pipelines.stable_diffusion import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
-from cnxs_jax.storage import write_json
 
 __all__ = ["FAMILIES", "load_pipeline", "save_pipeline"]
 
@@ -32,11 +26,6 @@ DIFFUSERS = (PixArtAlphaPipeline, StableDiffusionPipeline, StableDiffusionXLPipe
 FAMILIES = {family.class_name: family for family in (*DIFFUSERS, EDiffIPipeline)}
 # {class of a pipeline with a controller: (family, whose computation it follows)}
 CONTROLLED = {name: (f, compat) for f in DIFFUSERS for name, compat in f.controlled.values()}
-CONTROL = "controlnet"  # the controller's directory
-COMPAT = "_control_compat"  # diffusers reads no names that begin with an underscore
-INDEX = "model_index.json"
-# The diffusers release whose layout is written; it reads the number for information only.
-DIFFUSERS_VERSION = "0.42.1"
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # Enough for a pipeline; leaves out the .bin and .ckpt copies that many hub repositories carry.
 HUB_FILES = ("*.json", "*/*.json", "*/*.safetensors", "*.safetensors", "*/*.model", "*/*.txt")
@@ -80,39 +69,10 @@ def load_pipeline(
     directory = _directory(path)
     index = schedulers.read_json(directory / INDEX)
     family, compat = _family(index, directory)
-    if hasattr(family, "read"):  # a layout of its own
-        parts = {"control": control, "lora": lora, "experts": experts, "scheduler": scheduler}
-        parts |= {"mesh": mesh, "offload": offload, "quantize": quantize}
-        parts["vae_tiling"] = vae_tiling or None
-        return family.read(directory, compute, **parts)
-    refuse_parts(family.class_name, lora=lora, experts=experts)
-    config = schedulers.read(directory)
-    if "_class_name" not in config:
-        raise CheckpointError("`_class_name` is missing", str(directory / "scheduler"))
-    if scheduler is not None:
-        config = schedulers.override(config, scheduler)
-    solvers.from_config(config, 1)  # an unusable scheduler is found before weights are read
-    if control is None and compat is not None:
-        control = directory / CONTROL
-    controllers = open_controllers(control, compute, compat or "official", mesh)
-    tokenizers = tuple(family.load_tokenizer(directory / name) for name in family.tokenizers)
-    components = {}
-    for name in family.networks:
-        # The autoencoder runs once an image and is the first to lose visible precision.
-        own = jnp.float32 if name == "vae" else compute
-        mode = quantize if name.startswith("text_encoder") else None
-        if offload is not None:
-            components[name] = Component(*offloading.load(directory / name, offload, own, mode))
-            continue
-        module, params = read_model(directory / name, dtype=own, quantize=mode)
-        components[name] = Component(module, place(params, mesh))
-    null = _null_text(directory, family, components)
-    options = {name: index[name] for name in family.default_options if name in index}
-    tokenizer = tokenizers if len(tokenizers) > 1 else tokenizers[0]
-    tile = tiling.TILE if vae_tiling else None
-    pipe = family(components, tokenizer, config, null, mesh, controllers, options, offload, tile)
-    pipe.check()
-    return pipe
+    parts = {"lora": lora, "experts": experts, "vae_tiling": vae_tiling or None}
+    parts |= {"control": control, "scheduler": scheduler, "mesh": mesh}
+    parts |= {"offload": offload, "quantize": quantize}
+    return family.read(directory, compute, compat, **parts)
 
 
 def save_pipeline(pipe, path, dtype=None):
@@ -138,7 +98,8 @@ def save_pipeline(pipe, path, dtype=None):
     path.parent.mkdir(parents=True, exist_ok=True)
     part = pathlib.Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
-        _write(pipe, part / "new", dtype)
+        (part / "new").mkdir()
+        pipe.write(part / "new", dtype)
         if path.exists():
             path.rename(part / "old")
         (part / "new").rename(path)
@@ -146,56 +107,6 @@ def save_pipeline(pipe, path, dtype=None):
         if (part / "old").exists() and not path.exists():
             (part / "old").rename(path)
         shutil.rmtree(part, ignore_errors=True)
-
-
-def _write(pipe, directory, dtype):
-    directory.mkdir()
-    if hasattr(pipe, "write"):  # a layout of its own
-        return pipe.write(directory, dtype)
-    offloading.refuse_saving(pipe.components)
-    index = {"_class_name": pipe.class_name, "_diffusers_version": DIFFUSERS_VERSION}
-    index |= {name: pipe.option(name) for name in pipe.default_options}
-    if pipe.controllers:
-        index |= _write_controller(pipe, directory, dtype)
-    tokenizers = pipe.tokenizer if isinstance(pipe.tokenizer, tuple) else (pipe.tokenizer,)
-    tokenizers = dict(zip(pipe.tokenizers, tokenizers, strict=True))
-    for name, (library, class_name) in pipe.classes.items():
-        if name == "scheduler":
-            class_name = pipe.scheduler["_class_name"]
-            write_json(directory / name / "scheduler_config.json", pipe.scheduler)
-        elif name in tokenizers:
-            _write_tokenizer(tokenizers[name], directory / name)
-        else:
-            null = pipe.null_text if name == pipe.denoiser else None
-            save_model(*pipe.components[name], directory / name, dtype, null_caption=null)
-        index[name] = [library, class_name]
-    write_json(directory / INDEX, index)
-
-
-def _write_controller(pipe, directory, dtype):
-    """Entries of the index for a pipeline with its controller, which is written beside."""
-    if len(pipe.controllers) > 1:
-        raise ConfigError(
-            "a pipeline of several controllers has no layout",
-            "save_pipeline",
-            "save each with `save_model`, and the pipeline with `pipe.replace(control=[])`",
-        )
-    module, params, compat = pipe.controllers[0]
-    name = family_of_module(module).classes[0]
-    if name not in pipe.controlled:
-        raise ConfigError(f"{pipe.class_name} has no layout with a {name}", "save_pipeline")
-    save_model(module, params, directory / CONTROL, dtype)
-    class_name, _ = pipe.controlled[name]
-    return {"_class_name": class_name, CONTROL: ["diffusers", name], COMPAT: compat}
-
-
-def _write_tokenizer(tokenizer, directory):
-    tokenizer.save_pretrained(directory)
-    # What transformers 4 reads; transformers 5 does not write it again.
-    for name in ("spiece.model", "vocab.json", "merges.txt"):
-        source = pathlib.Path(tokenizer.name_or_path) / name
-        if source.is_file() and not (directory / name).exists():
-            shutil.copyfile(source, directory / name)
 
 
 def _compute_dtype(dtype):
@@ -273,17 +184,3 @@ def _family(index, directory):
         str(directory / INDEX),
         f"supported: {', '.join(known)}",
     )
-
-
-def _null_text(directory, family, components):
-    """The learned unconditional caption [L,D] beside the denoiser or in the pipeline, or None."""
-    module = components[family.denoiser].module
-    null = load_null_caption(directory / family.denoiser)
-    if null is None or not hasattr(module, "caption_channels"):
-        return None
-    width = module.caption_channels
-    if null.shape[1] != width:
-        raise CheckpointError(
-            f"null_caption is {list(null.shape)}, the model reads [L,{width}]", str(directory)
-        )
-    return jnp.asarray(null)

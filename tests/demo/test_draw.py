@@ -52,7 +52,7 @@ def bomb(width, height):
 class Fake:
     """Answers at once with the seed's colour, and remembers what it was asked."""
 
-    multiple, controllers = 4, ()
+    multiple, controllers, styled = 4, (), False
 
     def __init__(self, steps=20, guidance=4.5):
         self.asked, self.own = [], (steps, guidance)
@@ -66,10 +66,8 @@ class Fake:
     def defaults(self):
         return self.own
 
-    def asked_size(self, height, width):
-        return (16, 16)
-
     def sizes(self, height, width):
+        height, width = height or 16, width or 16
         if height % self.multiple or width % self.multiple:
             raise ConfigError("no multiple", "size")
         return (height, width), (height, width)
@@ -294,8 +292,7 @@ def test_teacher_and_student_with_their_own_steps():
 
 def test_models_that_do_not_go_together():
     larger = Fake()
-    larger.asked_size = lambda height, width: (20, 20)
-    larger.sizes = lambda height, width: _only(20, height, width)
+    larger.sizes = lambda height, width: _only(20, height or 20, width or 20)
     with pytest.raises(ConfigError, match="no size in common"):
         draw.studio(["a", "b"], [Fake(), larger])
     with pytest.raises(ConfigError, match="only one of them"):
@@ -305,6 +302,7 @@ def test_models_that_do_not_go_together():
 def _only(side, height, width):
     if (height, width) != (side, side):
         raise ConfigError("another size", "size")
+    return (side, side), (side, side)
 
 
 def test_first_pictures_say_so_and_programs_are_bounded(fake, monkeypatch):

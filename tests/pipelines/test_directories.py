@@ -12,7 +12,7 @@ import pytest
 import cnxs_jax
 from cnxs_jax import errors, sample, sharding, tree
 from cnxs_jax.errors import CheckpointError, CnxsError, ConfigError
-from cnxs_jax.pipelines import images, pipeline
+from cnxs_jax.pipelines import diffusers_layout, images
 from tests.pipelines import tiny
 
 
@@ -70,7 +70,7 @@ def test_failed_saving_keeps_the_earlier_pipeline(made, stored, tmp_path, monkey
     def fail(*_, **__):
         raise OSError("disk full")
 
-    monkeypatch.setattr(pipeline, "save_model", fail)
+    monkeypatch.setattr(diffusers_layout, "save_model", fail)
     with pytest.raises(OSError, match="disk full"):
         cnxs_jax.save_pipeline(made, path)
     assert {p: p.read_bytes() for p in path.rglob("*") if p.is_file()} == before
@@ -187,7 +187,7 @@ def test_null_caption_of_another_width(made, tmp_path):
     ],
 )
 def test_bad_arguments_of_load_stop_before_weights(stored, monkeypatch, arguments, where):
-    monkeypatch.setattr(pipeline, "read_model", None)
+    monkeypatch.setattr(diffusers_layout, "read_model", None)
     with pytest.raises(ConfigError) as caught:
         cnxs_jax.load_pipeline(stored, **arguments)
     assert caught.value.where == where

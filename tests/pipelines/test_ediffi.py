@@ -156,7 +156,8 @@ def test_a_reference_picture_is_a_style_with_a_weight_of_its_own(base, plain):
         ({"num_inference_steps": [2, 2, 2]}, "3 values for 2 stages"),
         ({"guidance_scale": -1.0}, "0 or more"),
         ({"latents": np.zeros((1, 4, 4, 3))}, r"expected \[1,8,8,3\]"),
-        ({"image": STYLE}, "no controller"),
+        ({"image": STYLE}, "without a controller"),
+        ({"word_masks": [{}, {}]}, "2 sets of masks for 1 prompts"),
     ],
 )
 def test_mistakes_are_refused(pipe, options, message):

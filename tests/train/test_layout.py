@@ -8,7 +8,7 @@ import optax
 from cnxs_jax.data import shapes
 from cnxs_jax.data.scenes import make_scene
 from cnxs_jax.models.dit import PixArt
-from train import layout
+from train import layout, tasks
 
 DIT = PixArt(
     num_layers=2, num_attention_heads=2, attention_head_dim=16, cross_attention_dim=32,
@@ -56,7 +56,7 @@ def test_a_network_learns_from_the_head_alone_where_a_word_belongs():
         jax.random.key(0), jnp.zeros((1, 8, 8, 4)), jnp.zeros(1), {"text": jnp.zeros((1, 2, 8))}
     )["params"]}  # fmt: skip
     params = layout.with_head(params, DIT, 2)
-    run = layout.with_loss(lambda p, *rest: layout.tapped(DIT)(p["transformer"], *rest))
+    run = tasks.with_losses(DIT, {"layout": 1.0})
     words, places = rng.normal(size=(2, 8)), rng.normal(size=(2, 8))
 
     def batch(size):

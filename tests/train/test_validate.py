@@ -174,6 +174,16 @@ def test_all_together_take_less_than_two_seconds():
     assert time.perf_counter() - start < 2.0
 
 
+@pytest.mark.parametrize(
+    ("line", "kind"), [("int('x')", ValueError), ("import no_such_package", ModuleNotFoundError)]
+)
+def test_a_fault_of_the_module_itself_is_not_the_configs(tmp_path, monkeypatch, line, kind):
+    (tmp_path / "faulty_task.py").write_text(line)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(kind):
+        validate.check_stage(changed(TOY, "task", "faulty_task:build"), "config")
+
+
 @pytest.mark.parametrize("key", ["steps", "seed", "task", "optimizer", "mesh", "toy"])
 def test_missing_keys_are_named(key):
     values = recipe(TOY)
@@ -213,11 +223,14 @@ def test_stages_must_exist():
         validate.check(config)
 
 
-def test_configs_import_ml_collections_only():
-    for module in RECIPES:
-        text = pathlib.Path(module.__file__).read_text()
-        imports = [line for line in text.splitlines() if line.startswith(("import", "from"))]
-        assert all(line.startswith("from ml_collections import ") for line in imports), imports
+def test_configs_import_ml_collections_and_their_common_pieces_only():
+    folder = pathlib.Path(configs.pixart.__file__).parent
+    for path in folder.glob("*.py"):
+        words = [line.split() for line in path.read_text().splitlines() if line]
+        imports = [line for line in words if line[0] in ("import", "from")]
+        for line in imports:
+            ours = line == ["from", "configs", "import", "common"] and path.stem != "common"
+            assert ours or line[:3] == ["from", "ml_collections", "import"], (path, line)
 
 
 def test_checking_touches_no_device(monkeypatch):

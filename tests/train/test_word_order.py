@@ -1,14 +1,22 @@
 """The heads that predict a token's neighbours: what they count, and that an encoder learns it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from cnxs_jax.diffusion import schedule
+from cnxs_jax.models.dit import PixArt
 from cnxs_jax.models.t5 import T5Encoder
-from train import word_order
+from train import objectives, parts, tasks, word_order
 
 TEXT = T5Encoder(vocab_size=12, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4)
+DIT = PixArt(
+    num_layers=1, num_attention_heads=2, attention_head_dim=16, cross_attention_dim=32,
+    caption_channels=32, in_channels=4, out_channels=4, patch_size=2, sample_size=4,
+)  # fmt: skip
 
 
 def test_an_encoding_that_names_its_neighbours_has_no_loss_and_others_have():
@@ -25,11 +33,32 @@ def test_an_encoding_that_names_its_neighbours_has_no_loss_and_others_have():
     for o in range(6):
         heads[o, 12 * o : 12 * (o + 1)] = np.eye(12)
     text = table.reshape(3, 9, 72)
-    assert word_order.loss(heads, text, ids, mask) < 1e-6
+    assert word_order.loss(heads, text, ids, mask).max() < 1e-6
     hidden = np.where(mask[..., None] > 0, text, 5.0)  # what padding says does not count
-    assert word_order.loss(heads, hidden, ids, mask) < 1e-6
-    assert word_order.loss(heads, np.roll(text, 1, axis=1), ids, mask) > 5
+    assert word_order.loss(heads, hidden, ids, mask).max() < 1e-6
+    assert word_order.loss(heads, np.roll(text, 1, axis=1), ids, mask).min() > 5
     np.testing.assert_allclose(word_order.loss(heads, 0 * text, ids, mask), np.log(12), rtol=1e-6)
+
+
+def test_a_term_of_the_denoising_loss_is_the_mean_over_captions_however_often_they_are_noised():
+    rng = np.random.default_rng(0)
+    ids, mask = rng.integers(2, 12, (4, 5)), np.tri(4, 5, 1, np.int32)
+    x = rng.normal(size=(4, 4, 4, 4)).astype(np.float32)
+    text_params = TEXT.init(jax.random.key(0), ids)["params"]
+    text = TEXT.apply({"params": text_params}, ids, mask)
+    dit = DIT.init(jax.random.key(1), x, jnp.zeros(4), {"text": text})["params"]
+    params = word_order.with_heads({"text_encoder": text_params, "transformer": dit}, TEXT)
+    wanted = np.mean(word_order.loss(params[word_order.NAME], text, ids, mask))
+    batch = {"x": x, "cond": {"input_ids": ids, "attention_mask": mask}}
+    terms = {"word_order": 0.5}
+    run = parts.with_text_encoder(
+        tasks.with_losses(DIT, terms), functools.partial(parts.t5_text, TEXT)
+    )
+    for noises in (1, 3):
+        objective = objectives.denoise(run, schedule.linear(), noises=noises, terms=terms)
+        loss, metrics = objective(params, None, {}, batch, jax.random.key(2))
+        np.testing.assert_allclose(metrics["word_order"], wanted, rtol=1e-5)
+        np.testing.assert_allclose(loss, metrics["mse"] + 0.5 * wanted, rtol=1e-5)
 
 
 def test_the_encoder_learns_what_stands_on_either_side():
@@ -39,17 +68,16 @@ def test_the_encoder_learns_what_stands_on_either_side():
     init = word_order.with_heads(
         lambda key: {"text_encoder": TEXT.init(key, ids[0])["params"]}, TEXT
     )
-    objective = word_order.with_loss(
-        lambda *_: (0.0, {}), TEXT, lambda params, frozen: params, weight=1.0
-    )
     params, tx = init(jax.random.key(0)), optax.adam(3e-3)
     state = tx.init(params)
 
+    def loss(params, ids, mask):
+        text = TEXT.apply({"params": params["text_encoder"]}, ids, mask)
+        return word_order.loss(params[word_order.NAME], text, ids, mask).mean()
+
     @jax.jit
     def step(params, state, ids):
-        batch = {"cond": {"input_ids": ids, "attention_mask": mask}}
-        grads = jax.grad(lambda p: objective(p, None, {}, batch, None)[0])(params)
-        updates, state = tx.update(grads, state)
+        updates, state = tx.update(jax.grad(loss)(params, ids, mask), state)
         return optax.apply_updates(params, updates), state
 
     for batch in ids:
