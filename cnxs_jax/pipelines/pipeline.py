@@ -8,6 +8,7 @@ import tempfile
 
 import jax.numpy as jnp
 
+from cnxs_jax.convert import controlnet_xs_fused
 from cnxs_jax.convert.families import family_of_module
 from cnxs_jax.diffusion import solvers
 from cnxs_jax.errors import CheckpointError, ConfigError, did_you_mean, first_line
@@ -20,6 +21,7 @@ from cnxs_jax.pipelines.ediffi import EDiffIPipeline
 from cnxs_jax.pipelines.load import load_null_caption, place, read_model, save_model
 from cnxs_jax.pipelines.pixart import PixArtAlphaPipeline
 from cnxs_jax.pipelines.request import refuse_parts
+from cnxs_jax.pipelines.save_xs import FUSED, FUSED_COMPAT, is_fused, save_fused
 from cnxs_jax.pipelines.stable_diffusion import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -93,7 +95,9 @@ def load_pipeline(
         config = schedulers.override(config, scheduler)
     solvers.from_config(config, 1)  # an unusable scheduler is found before weights are read
     if control is None and compat is not None:
-        control = directory / CONTROL
+        # Training changes the fused one, not the copy that diffusers stores beside it.
+        denoiser = directory / family.denoiser
+        control = denoiser if is_fused(denoiser) else directory / CONTROL
     controllers = open_controllers(control, compute, compat or "official", mesh)
     tokenizers = tuple(family.load_tokenizer(directory / name) for name in family.tokenizers)
     components = {}
@@ -101,10 +105,12 @@ def load_pipeline(
         # The autoencoder runs once an image and is the first to lose visible precision.
         own = jnp.float32 if name == "vae" else compute
         mode = quantize if name.startswith("text_encoder") else None
+        part = name if name in controlnet_xs_fused.TABLES else None
         if offload is not None:
-            components[name] = Component(*offloading.load(directory / name, offload, own, mode))
+            read = offloading.load(directory / name, offload, own, mode, part)
+            components[name] = Component(*read)
             continue
-        module, params = read_model(directory / name, dtype=own, quantize=mode)
+        module, params = read_model(directory / name, part, dtype=own, quantize=mode)
         components[name] = Component(module, place(params, mesh))
     null = _null_text(directory, family, components)
     options = {name: index[name] for name in family.default_options if name in index}
@@ -155,8 +161,10 @@ def _write(pipe, directory, dtype):
     offloading.refuse_saving(pipe.components)
     index = {"_class_name": pipe.class_name, "_diffusers_version": DIFFUSERS_VERSION}
     index |= {name: pipe.option(name) for name in pipe.default_options}
+    fused = False
     if pipe.controllers:
         index |= _write_controller(pipe, directory, dtype)
+        fused = pipe.controllers[0].compat == FUSED_COMPAT
     tokenizers = pipe.tokenizer if isinstance(pipe.tokenizer, tuple) else (pipe.tokenizer,)
     tokenizers = dict(zip(pipe.tokenizers, tokenizers, strict=True))
     for name, (library, class_name) in pipe.classes.items():
@@ -165,6 +173,10 @@ def _write(pipe, directory, dtype):
             write_json(directory / name / "scheduler_config.json", pipe.scheduler)
         elif name in tokenizers:
             _write_tokenizer(tokenizers[name], directory / name)
+        elif fused and name == pipe.denoiser:
+            # diffusers computes `FUSED_COMPAT` where it finds the two fused, and only there
+            save_fused(pipe.components[name], pipe.controllers[0][:2], directory / name, dtype)
+            class_name = FUSED
         else:
             null = pipe.null_text if name == pipe.denoiser else None
             save_model(*pipe.components[name], directory / name, dtype, null_caption=null)
