@@ -105,7 +105,6 @@ def test_base_and_adapter(pipes, name):
     ):
         found.append(_drawn(theirs, False, **some))
         _agree(_drawn(ours, True, **some), found[-1])
-    print([[float(np.abs(a - b).mean()) for a in found] for b in found])
     for i, one in enumerate(found):  # told apart by more than the tolerance
         assert all(np.abs(one - other).mean() > 1e-3 for other in found[:i])
 
