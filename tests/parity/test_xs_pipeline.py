@@ -109,6 +109,7 @@ def test_base_and_adapter(pipes, name):
         assert all(np.abs(one - other).mean() > 1e-3 for other in found[:i])
 
 
+@pytest.mark.slow
 def test_directories_of_either_side(pipes, tmp_path):
     """Diffusers stores base and controller fused, and computes otherwise when it finds them so."""
     _, stored, _, whole = pipes("sd")
