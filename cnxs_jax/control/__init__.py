@@ -30,8 +30,11 @@ def attach(base_module, base_params, adapter_module, adapter_params, compat="off
             "give one parameter tree an adapter",
         )
     kinds = sorted({type(a).__name__ for a in adapters})
-    if len(kinds) > 1 or not hasattr(adapters[0], "wrap"):
+    if len(kinds) > 1:
         raise ConfigError(f"cannot attach {' and '.join(kinds)} together", "control.attach")
+    if not hasattr(adapters[0], "wrap"):
+        fix = "give the directory or file of a controller"
+        raise ConfigError(f"{kinds[0]} is no controller", "control.attach", fix)
     module = type(adapters[0]).wrap(base_module, adapters if several else adapters[0], compat)
     if several:
         adapter_params = {f"adapters_{i}": p for i, p in enumerate(adapter_params)}

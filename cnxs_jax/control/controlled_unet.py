@@ -15,8 +15,9 @@ base's `h`, both [B,H,W,C]:
 Conditions: `hint` [B,f*H,f*W,3] in [0, 1], f = `module.hint_factor`; `control_scale` [B] multiplies
 what is added to the base; `connection_scale` [B, 2N+1] the same for each connection (N encoder
 stages, the middle, N decoder stages); with several adapters all three are tuples. `control_active`
-[B], written by the sampling loop, is 0 where the controller must not act at all. That differs from
-a scale of 0 if the adapter has a learned time embedding, which the base receives, too.
+[B], written by the sampling loop, is 0 where the controller must not act at all. That may differ
+from a scale of 0 if the adapter has a learned time embedding, which the base receives, too:
+`controlnet_xs` says where.
 """
 
 import itertools

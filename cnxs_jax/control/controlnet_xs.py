@@ -14,12 +14,25 @@ The published weights are of type B with concatenation. Their two implementation
 
 - "official": every norm has the largest number of groups that divides its channels, all
   resnets epsilon 1e-5; on SDXL the controller's transformers have 1e-5, too. The control scale
-  counts as part of `time_embedding_mix` (as the network does it; the original script for SD scales
-  the connections alone, which is `connection_scale` here).
+  counts as part of `time_embedding_mix`.
 - "diffusers": what `UNetControlNetXSModel.from_unet` computes: epsilon 1e-6 in the resnets of the
   base and of the controller's middle, one number of groups in the middle, and per level no
   more groups than its first norm has. The mix is a constant.
 - "diffusers_pretrained": the same model opened from its own files, without the last of these.
+
+What a control scale s means where the time embedding is learned (`learn_time_embedding`: SD 2.1
+14M and SDXL 48M of the published), which both networks receive and no connection carries. A scale
+and "no control" are the same at 0 only where this says so:
+
+    cond                    reference                                  mixed by             at 0
+    control_scale s         "official": the network, and the script    (mix * s) ** 0.3     the base
+                            for SDXL, set its `control_scale`
+    control_scale s         both of "diffusers": `conditioning_scale`  mix ** 0.3           differs
+    connection_scale s      the original script for SD, which sets     as at control_scale  differs
+                            `scale_list` alone
+    control_active 0        `no_control`; `apply_control=False`        0                    the base
+
+Where it is shared, all four are the base at 0.
 """
 
 import flax.linen as nn

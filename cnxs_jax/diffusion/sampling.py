@@ -56,7 +56,7 @@ def sample(denoise, params, x, cond, table, key=None, noise=None, post=None):
         x: `[B, H, W, C]` standard normal noise; the loop multiplies it by `table.init_scale`.
         cond: dict of arrays with a leading batch axis. The loop writes `sigma`, multiplies
             `control_scale` by the row's control, writes into `control_active` whether that is
-            nonzero (a scale of 0 is not the same as no control: see `controlled_unet`) and
+            nonzero (a scale of 0 may not be the same as no control: see `controlled_unet`) and
             removes `null` on rows that are not guided.
         table: a `solvers` table.
         key: one random key, or one per image `[B]`. Image i draws from `fold_in(key, i)` (or its

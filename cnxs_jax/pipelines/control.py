@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cnxs_jax import control
+from cnxs_jax.convert import controlnet_xs_fused
 from cnxs_jax.errors import ConfigError
 from cnxs_jax.pipelines import images as pictures
 
@@ -68,14 +69,14 @@ def open_controllers(given, dtype=None, compat="official", mesh=None):
 
     Args:
         given: None; a directory or file of an adapter; a pair (module, params) or a `Controller`;
-            or a list of these.
+            or a list of these. Of diffusers' fused ControlNet-XS the controller is taken.
         compat: of adapters that do not say it themselves.
 
     Raises:
         ConfigError: something else.
         CheckpointError: files that are missing or damaged.
     """
-    from cnxs_jax.pipelines.load import place, read_model
+    from cnxs_jax.pipelines.load import place
 
     def one(item):
         if isinstance(item, Controller):
@@ -83,7 +84,7 @@ def open_controllers(given, dtype=None, compat="official", mesh=None):
         if isinstance(item, tuple) and len(item) == 2:
             return Controller(*item, compat)
         if isinstance(item, str | os.PathLike):
-            return Controller(*read_model(item, dtype=dtype), compat)
+            return read_controller(item, dtype, compat)
         raise ConfigError(
             f"expected the path of a controller or (module, params), got {type(item).__name__}",
             "control",
@@ -93,6 +94,24 @@ def open_controllers(given, dtype=None, compat="official", mesh=None):
     found = [one(item) for item in items]
     # `place` empties what it is given; the caller's own tree stays.
     return tuple(c._replace(params=place(jax.tree.map(lambda x: x, c.params), mesh)) for c in found)
+
+
+def read_controller(path, dtype=None, compat="official"):
+    """The `Controller` in a directory or file, its parameters on the host.
+
+    Args:
+        compat: of an adapter that lies on its own. One that is fused with its base is what
+            diffusers computes that opens it.
+
+    Raises ConfigError and CheckpointError as `load_model` does.
+    """
+    from cnxs_jax.pipelines import save_xs
+    from cnxs_jax.pipelines.load import read_model
+
+    if save_xs.is_fused(path):
+        found = read_model(path, controlnet_xs_fused.CONTROL, dtype=dtype)
+        return Controller(*found, save_xs.FUSED_COMPAT)
+    return Controller(*read_model(path, dtype=dtype), compat)
 
 
 def attach(base, controllers):

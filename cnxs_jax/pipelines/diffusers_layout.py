@@ -5,6 +5,7 @@ import shutil
 
 import jax.numpy as jnp
 
+from cnxs_jax.convert import controlnet_xs_fused
 from cnxs_jax.convert.families import family_of_module
 from cnxs_jax.diffusion import solvers
 from cnxs_jax.errors import CheckpointError, ConfigError
@@ -15,6 +16,7 @@ from cnxs_jax.pipelines.control import open_controllers
 from cnxs_jax.pipelines.interface import Component
 from cnxs_jax.pipelines.load import load_null_caption, place, read_model, save_model
 from cnxs_jax.pipelines.request import refuse_parts
+from cnxs_jax.pipelines.save_xs import FUSED, FUSED_COMPAT, is_fused, save_fused
 from cnxs_jax.storage import write_json
 
 INDEX = "model_index.json"
@@ -46,7 +48,9 @@ def read(
         config = schedulers.override(config, scheduler)
     solvers.from_config(config, 1)  # an unusable scheduler is found before weights are read
     if control is None and compat is not None:
-        control = directory / CONTROL
+        # Training changes the fused one, not the copy that diffusers stores beside it.
+        denoiser = directory / family.denoiser
+        control = denoiser if is_fused(denoiser) else directory / CONTROL
     controllers = open_controllers(control, dtype, compat or "official", mesh)
     tokenizers = tuple(family.load_tokenizer(directory / name) for name in family.tokenizers)
     components = {}
@@ -54,10 +58,12 @@ def read(
         # The autoencoder runs once an image and is the first to lose visible precision.
         own = jnp.float32 if name == "vae" else dtype
         mode = quantize if name.startswith("text_encoder") else None
+        part = name if name in controlnet_xs_fused.TABLES else None
         if offload is not None:
-            components[name] = Component(*offloading.load(directory / name, offload, own, mode))
+            read = offloading.load(directory / name, offload, own, mode, part)
+            components[name] = Component(*read)
             continue
-        module, params = read_model(directory / name, dtype=own, quantize=mode)
+        module, params = read_model(directory / name, part, dtype=own, quantize=mode)
         components[name] = Component(module, place(params, mesh))
     null = _null_text(directory, family, components)
     index = schedulers.read_json(directory / INDEX)
@@ -72,8 +78,10 @@ def write(pipe, directory, dtype=None):
     offloading.refuse_saving(pipe.components)
     index = {"_class_name": pipe.class_name, "_diffusers_version": DIFFUSERS_VERSION}
     index |= {name: pipe.option(name) for name in pipe.default_options}
+    fused = False
     if pipe.controllers:
         index |= _write_controller(pipe, directory, dtype)
+        fused = pipe.controllers[0].compat == FUSED_COMPAT
     tokenizers = pipe.tokenizer if isinstance(pipe.tokenizer, tuple) else (pipe.tokenizer,)
     tokenizers = dict(zip(pipe.tokenizers, tokenizers, strict=True))
     for name, (library, class_name) in pipe.classes.items():
@@ -82,6 +90,10 @@ def write(pipe, directory, dtype=None):
             write_json(directory / name / "scheduler_config.json", pipe.scheduler)
         elif name in tokenizers:
             _write_tokenizer(tokenizers[name], directory / name)
+        elif fused and name == pipe.denoiser:
+            # diffusers computes `FUSED_COMPAT` where it finds the two fused, and only there
+            save_fused(pipe.components[name], pipe.controllers[0][:2], directory / name, dtype)
+            class_name = FUSED
         else:
             null = pipe.null_text if name == pipe.denoiser else None
             save_model(*pipe.components[name], directory / name, dtype, null_caption=null)

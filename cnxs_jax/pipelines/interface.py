@@ -70,9 +70,9 @@ class TextToImage:
             negative_prompt: a text, or one a prompt, that takes the unconditional half's place.
             image: with a controller, its control picture or a list of them, see `control.check`;
                 for several controllers a list with one of these each.
-            controlnet_conditioning_scale: factor on what the controller adds; 0 is the controlled
-                network with nothing added, which is the base only if the controller leaves its
-                time embedding alone.
+            controlnet_conditioning_scale: factor on what the controller adds. 0 is no control,
+                but for a ControlNet-XS with a learned time embedding computed as diffusers does,
+                of which the embedding stays (`cnxs_jax.control.controlnet_xs`).
             control_guidance_start, control_guidance_end: the controller acts on steps i of n with
                 i/n >= start and (i+1)/n <= end. All three may be lists, one entry a controller.
             word_masks: {phrase of the prompt: mask [h,w] in [0,1] or (mask, weight)}, or a list of

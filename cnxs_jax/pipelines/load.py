@@ -204,9 +204,12 @@ def component_directory(path, component):
     if component in (None, *fused.TABLES) and (path / "config.json").is_file():
         return path
     names = sorted(p.parent.name for p in path.glob("*/config.json"))
+    if component is None and not names:
+        fix = "give the directory of one network, or of a pipeline"
+        raise ConfigError("the directory has no config.json", str(path), fix)
     if component is None:
-        what = f"holds several components: {', '.join(names)}" if names else "has no config.json"
-        raise ConfigError(f"the directory {what}", str(path), "give one of them as `component`")
+        what = f"the directory holds several components: {', '.join(names)}"
+        raise ConfigError(what, str(path), "give one of them as `component`, or its directory")
     if component in names:
         return path / component
     what = f"no component {component!r}, there are: {', '.join(names) or 'none'}."

@@ -38,14 +38,14 @@ def check(mode, mesh=None, quantize=None):
         raise ConfigError("blocks are streamed as the file has them", "quantize", fix)
 
 
-def load(path, mode, dtype=None, quantize=None):
+def load(path, mode, dtype=None, quantize=None, part=None):
     """`(module, parameters on the host)` of a component directory; T5 stays in its file if
-    `mode` is "sequential"."""
+    `mode` is "sequential". `part`: of a directory that holds two networks fused in one."""
     if mode == "sequential":
-        module, target, tensors, table, where = open_model(path, dtype=check_dtype(dtype))
+        module, target, tensors, table, where = open_model(path, part, dtype=check_dtype(dtype))
         if isinstance(module, T5Encoder):
             return module, StreamedT5(module, tensors, target, table, where, dtype)
-    return read_model(path, dtype=dtype, quantize=quantize)
+    return read_model(path, part, dtype=dtype, quantize=quantize)
 
 
 def run(program, module, params, *args, **static):

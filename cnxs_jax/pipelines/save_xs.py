@@ -1,12 +1,26 @@
-"""Writes ControlNet-XS in the two layouts of whole directories that are not the adapter's own."""
+"""ControlNet-XS in the two layouts of whole directories that are not the adapter's own."""
 
 from pathlib import Path
 
 from cnxs_jax.convert import controlnet_xs, families, files, rules
 from cnxs_jax.convert import controlnet_xs_fused as fused
-from cnxs_jax.pipelines.load import make_directory, write_json
+from cnxs_jax.pipelines.load import make_directory, read_config
+from cnxs_jax.storage import write_json
 
 FILE = "diffusion_pytorch_model.safetensors"
+FUSED = fused.CLASS
+# Whose computation a fused directory follows: what diffusers computes that opens it.
+FUSED_COMPAT = "diffusers_pretrained"
+
+
+def is_fused(path):
+    """Whether this is a directory of diffusers' `UNetControlNetXSModel`, or the file in one.
+
+    Raises ConfigError for a config.json that cannot be read.
+    """
+    path = Path(path)
+    config = (path if path.is_dir() else path.parent) / "config.json"
+    return config.is_file() and read_config(config).get("_class_name") == FUSED
 
 
 def save_fused(base, control, directory, dtype=None):

@@ -15,6 +15,7 @@ from cnxs_jax.diffusion import guidance, sampling, schedule, solvers
 from cnxs_jax.errors import ConfigError
 from cnxs_jax.models.unet import UNet
 from tests.control.unets import BASE, BATCH, HINT_WIDTHS, base_params, inputs, perturbed, run
+from tests.pipelines.tiny import filled
 
 # (base, how it is sized, trained parameters, tensors): the adapters that were published.
 PUBLISHED = {
@@ -180,6 +181,35 @@ def test_sampling_with_start_and_end_compiles_once(base, controlled):
     outputs = [whole, half, weak, off]
     for i, one in enumerate(outputs):
         assert all(np.abs(one - other).max() > 1e-2 for other in outputs[:i])
+
+
+@pytest.mark.parametrize(
+    ("compat", "learned", "same"),
+    [
+        ("official", False, {"control_scale", "connection_scale"}),
+        ("official", True, {"control_scale"}),
+        ("diffusers_pretrained", True, set()),
+    ],
+)
+def test_which_zeros_are_no_control(base, compat, learned, same):
+    """The table at the head of `controlnet_xs`, at 0; at 0.5 the official share is tied."""
+    adapter = adapter_of(learn_time_embedding=learned)
+    module, params = control.attach(BASE, base, adapter, filled(shapes_of(adapter)), compat)
+    x, t, cond = inputs()
+    cond["control_active"] = np.ones(BATCH, np.float32)
+
+    def at(key, factor):
+        return run(module, params, x, t, {**cond, key: factor * cond[key]})
+
+    none, whole = at("control_active", np.float32(0)), at("control_active", np.float32(1))
+    assert np.abs(whole - none).max() > 1e-2
+    for key in ("control_scale", "connection_scale"):
+        difference = np.abs(at(key, np.float32(0)) - none).max()
+        assert difference <= 1e-6 if key in same else difference > 1e-3
+    half = np.abs(at("control_scale", np.float32(0.5)) - at("connection_scale", np.float32(0.5)))
+    assert (half.max() > 1e-4) == (learned and compat == "official")
+    if compat == "official":
+        np.testing.assert_allclose(none, run(BASE, base, x, t, cond), rtol=0, atol=1e-5)
 
 
 def test_several_adapters_add_up(controlled, base):

@@ -93,9 +93,15 @@ def inputs(package):
     return normal(2, 4, 4, 4), np.array([3, 907]), cond
 
 
-def original(net, base, x, t, cond, scale):
-    """The network's own scaling: of the connections and, with them, of the time embedding."""
-    net.control_scale, net.scale_list = scale, torch.full_like(net.scale_list, scale)
+def original(net, base, x, t, cond, scale, tied=True):
+    """Scaled as the script for SDXL does: the connections and, with them, the time embedding.
+
+    `tied` False: the connections alone, as the script for SD does.
+    """
+    net.control_scale, net.scale_list = (
+        scale if tied else 1.0,
+        torch.full_like(net.scale_list, scale),
+    )
     x, hint = (torch.tensor(a).permute(0, 3, 1, 2) for a in (x, cond["hint"]))
     t, text = torch.tensor(t), torch.tensor(cond["text"])
     if "pooled" not in cond:
@@ -128,6 +134,29 @@ def test_forward_and_gradients(package, kind, infusion, learn):
     for key, g in tree.flatten(gradient).items():
         limit = 1e-4 * max(np.abs(theirs[key]).max(), 1e-3 * largest)
         assert np.abs(theirs[key] - g).max() <= limit, key
+
+
+@pytest.mark.parametrize("package", ["ldm", "sgm"])
+def test_scales_of_both_scripts_and_no_control(package):
+    """With a learned time embedding: see the table at the head of `controlnet_xs`."""
+    net, base, module, params = pair(package, "B", "cat", True)
+    x, t, cond = inputs(package)
+    ones = np.ones((2, module.num_connections), np.float32)
+    cond |= {"control_scale": ones[:, 0], "control_active": ones[:, 0], "connection_scale": ones}
+    run = jax.jit(lambda cond: module.apply({"params": params}, x, t, cond))
+    found = {}
+    with torch.no_grad(), jax.default_matmul_precision("highest"):
+        for key, tied in (("control_scale", True), ("connection_scale", False)):
+            for scale in (0.7, 0.0):
+                expected = nhwc(original(net, base, x, t, cond, scale, tied))
+                found[key, scale] = run({**cond, key: np.float32(scale) * cond[key]})
+                assert relative_error(found[key, scale], expected) <= 1e-5
+        net.no_control = True
+        none = nhwc(original(net, base, x, t, cond, 1.0))
+        assert relative_error(run({**cond, "control_active": 0 * ones[:, 0]}), none) <= 1e-5
+    assert relative_error(found["control_scale", 0.0], none) <= 1e-5
+    assert relative_error(found["connection_scale", 0.0], none) > 1e-2
+    assert relative_error(found["connection_scale", 0.7], found["control_scale", 0.7]) > 1e-3
 
 
 @pytest.mark.parametrize("name", original_xs.PUBLISHED)
