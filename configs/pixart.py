@@ -52,6 +52,10 @@ def get_config(variant="tiny"):
         smoke(config)
     config.relations = relations(config.teacher)
     config.layout = layout(config.relations)
+    if variant == "smoke":  # the last stage does all that the one before it does
+        config.stages = ("vae", "decoder", "teacher", "layout")
+        config.layout.init_path = "{workdir}/teacher/export"
+        del config.relations
     return config
 
 
@@ -165,6 +169,7 @@ def layout(relations):
     config.data.relations = 0.5
     config.data.seed = 2
     config.layout = 0.2
+    config.steps = 5 * relations.steps // 3
     config.objective.logit_normal = (0.2, 1.2)
     return config
 

@@ -166,7 +166,7 @@ def check_flips(tmp_path, capsys, number, seed, devices):
     return harmless
 
 
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("devices", [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_flipped_bits_are_detected(tmp_path, capsys, devices):
     check_flips(tmp_path, capsys, 10, seed=1, devices=devices)
 

@@ -235,6 +235,7 @@ def test_several_adapters_add_up(controlled, base):
     assert np.abs(pair((hint, other), (0.0, 1.0)) - expected).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_training_moves_the_adapter_alone(base):
     """Fresh: gradients only behind zeros that meet something; a step later everywhere."""
     adapter = adapter_of(learn_time_embedding=True)

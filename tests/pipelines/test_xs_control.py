@@ -89,6 +89,7 @@ def test_the_fused_controller_goes_before_the_copy_beside_it(pipe, stored, tmp_p
     assert _equal(pipe.controllers[0].params, opened.controllers[0].params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compat", ["official", "diffusers"])
 def test_other_computations_are_written_apart(pipe, tmp_path, compat):
     other = pipe.replace(control=Controller(*pipe.controllers[0][:2], compat))

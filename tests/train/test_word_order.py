@@ -54,11 +54,10 @@ def test_a_term_of_the_denoising_loss_is_the_mean_over_captions_however_often_th
     run = parts.with_text_encoder(
         tasks.with_losses(DIT, terms), functools.partial(parts.t5_text, TEXT)
     )
-    for noises in (1, 3):
-        objective = objectives.denoise(run, schedule.linear(), noises=noises, terms=terms)
-        loss, metrics = objective(params, None, {}, batch, jax.random.key(2))
-        np.testing.assert_allclose(metrics["word_order"], wanted, rtol=1e-5)
-        np.testing.assert_allclose(loss, metrics["mse"] + 0.5 * wanted, rtol=1e-5)
+    objective = jax.jit(objectives.denoise(run, schedule.linear(), noises=3, terms=terms))
+    loss, metrics = objective(params, None, {}, batch, jax.random.key(2))
+    np.testing.assert_allclose(metrics["word_order"], wanted, rtol=1e-5)
+    np.testing.assert_allclose(loss, metrics["mse"] + 0.5 * wanted, rtol=1e-5)
 
 
 def test_the_encoder_learns_what_stands_on_either_side():
