@@ -89,7 +89,8 @@ def open_source(config, seed=None, truth=False):
 def world(config):
     """The `scenes.World` that `config.data` shows, one of `pipeline.WORLDS`."""
     make_world, _ = pipeline.WORLDS[config.data.source]
-    return make_world(**{k: config.data[k] for k in ("num_concepts",) if config.data.get(k)})
+    number = config.data.get("num_concepts")
+    return make_world(num_concepts=number) if number else make_world()
 
 
 def max_length(config):
