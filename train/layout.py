@@ -3,24 +3,37 @@
 The denoising loss hardly asks for it. Where a caption decides which of two things is on the left,
 exchanging the nouns cost 0.0014 of 0.69 (v-prediction at t = 700), while the tokens in the middle
 of a network can be asked outright. So a linear head reads each picture token after two thirds of
-the blocks and tells which concepts cover its patch; it is trained beside the denoiser and is not
-exported. In the manner of REPA (arXiv 2410.06940), with the scenes' exact maps instead of a
-pretrained encoder's features.
+the blocks (of a UNet's decoder) and tells which concepts cover its patch; it is trained beside the
+denoiser and is not exported. In the manner of REPA (arXiv 2410.06940), with the scenes' exact maps
+instead of a pretrained encoder's features.
 """
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from cnxs_jax.data.pipeline import WORLDS
+from cnxs_jax.errors import ConfigError
 from cnxs_jax.models.layers import layer_norm
 from train import parts
 
 NAME = "layout"  # of the head's kernel [features, 1 + concepts] among the parameters
 
 
-def with_head(init, dit, concepts):
-    """`init` with the head beside it (`parts.with_head`)."""
-    return parts.with_head(init, NAME, (dit.features, 1 + concepts), dit.features**-0.5)
+def check(values, where):
+    """Raises ConfigError where `layout` has no maps to learn from, or no text encoder to teach."""
+    source, where = values["data"]["source"], f"{where}.layout"
+    if values.get("layout") and source not in WORLDS:
+        what = f"{source!r} does not say what stands where"
+        raise ConfigError(what, where, f"leave it out, or use one of {', '.join(WORLDS)}")
+    if values.get("layout") and values.get("text_encoder") is None:
+        what = "the layout is learned along with the text encoder"
+        raise ConfigError(what, where, "leave it out")
+
+
+def with_head(init, features, concepts):
+    """`init` with the head on tokens of so many features beside it (`parts.with_head`)."""
+    return parts.with_head(init, NAME, (features, 1 + concepts), features**-0.5)
 
 
 def coverage(map_BxHxW, grid, concepts):
@@ -52,3 +65,22 @@ def tapped(dit):
         return out, tokens[2 * dit.num_layers // 3 - 1]
 
     return denoise
+
+
+def tapped_unet(unet):
+    """The same of a UNet: the tokens are its features after 2/3 of the decoder's stages."""
+
+    def stages(unet, x, t, cond):
+        cond = unet.prepare(cond)
+        temb, h, skips = unet.embed(t, cond), x, []
+        for i in range(unet.num_stages):
+            h = unet.down(i, h, temb, cond)
+            skips.append(h)
+        h = unet.mid(h, temb, cond)
+        for k in range(unet.num_stages):
+            h = unet.up(k, h, skips, temb, cond)
+            if k == 2 * unet.num_stages // 3 - 1:
+                tokens = h.reshape(h.shape[0], -1, h.shape[-1])
+        return unet.head(h), tokens
+
+    return lambda params, *args: unet.apply({"params": params}, *args, method=stages)

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from cnxs_jax import tree
-from cnxs_jax.data import pipeline
 from cnxs_jax.diffusion import sampling, schedule
 from cnxs_jax.errors import ConfigError
 from cnxs_jax.models.dit import PixArt
@@ -119,19 +118,7 @@ def check_denoiser(values, where):
         raise ConfigError(
             "a frozen text encoder learns no word order", f"{where}.word_order", "leave it out"
         )
-    if values.get("layout"):
-        if values["data"]["source"] not in pipeline.WORLDS:
-            raise ConfigError(
-                f"{values['data']['source']!r} does not say what stands where",
-                f"{where}.layout",
-                f"leave it out, or use one of {', '.join(pipeline.WORLDS)}",
-            )
-        if values.get("text_encoder") is None:
-            raise ConfigError(
-                "the layout is learned along with the text encoder",
-                f"{where}.layout",
-                "leave it out",
-            )
+    layout.check(values, where)
     if not values["data"].get("tokenizer"):
         raise ConfigError("a denoiser needs a tokenizer", f"{where}.data.tokenizer", "name one")
     learned = values["objective"].get("learned_range")
@@ -331,7 +318,7 @@ def denoiser(config):
         init = word_order.with_heads(init, text)
     if "layout" in terms:
         concepts = len(inputs.world(config).concepts)
-        init = layout.with_head(init, dit, concepts)
+        init = layout.with_head(init, dit.features, concepts)
 
     def components(params, encoders):
         both = params if joint else {**encoders, "transformer": params}

@@ -6,6 +6,8 @@ trains an adapter, the only thing with gradients, an optimizer and an average: t
 original ControlNet (arXiv 2302.05543) instead, as the baseline.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +24,7 @@ from cnxs_jax.diffusion import sampling
 from cnxs_jax.errors import ConfigError
 from cnxs_jax.models.clip import CLIPTextModel
 from cnxs_jax.models.unet import UNet
-from train import inputs, networks, networks_unet, objectives, validate
+from train import inputs, layout, networks, networks_unet, objectives, validate
 from train.loop import Task
 from train.parts import (
     REMAT,
@@ -57,6 +59,7 @@ KEYS = {
         "unet": fields(UNet),
         "text_encoder": fields(CLIPTextModel),
         "caption_dropout": validate.number(0, 1),
+        "layout": validate.Optional(validate.number(0)),
         "guidance_scale": validate.Optional(validate.number(0)),
         "schedule": SCHEDULE,
         "objective": OBJECTIVE,
@@ -94,6 +97,7 @@ def check_base(values, where):
     check_pictures(values["data"], f"{where}.data")
     if not values["data"].get("tokenizer"):
         raise ConfigError("the key 'tokenizer' is missing", f"{where}.data.tokenizer")
+    layout.check(values, where)
 
 
 def check_controller(values, where):
@@ -139,12 +143,17 @@ CONFLICTS = {"base": check_base, "controller": check_controller}
 
 
 def base(config):
-    """Trains a UNet and its CLIP text encoder; exports a StableDiffusionPipeline."""
+    """Trains a UNet and its CLIP text encoder; exports a StableDiffusionPipeline.
+
+    With `layout` its features learn what stands where (`train.layout`).
+    """
     from cnxs_jax.pipelines.load import read_model
 
     unet, text = make(UNet, config.unet), make(CLIPTextModel, config.text_encoder)
     vae, vae_params = read_model(config.vae_path)
-    loader, tokenizer = inputs.open_loader(config, tokenize=texts.tokenize)
+    terms = {"layout": config.layout} if config.get("layout") else {}
+    arrays = ("image", "concept_map") if terms else ("image",)
+    loader, tokenizer = inputs.open_loader(config, keys=arrays, tokenize=texts.tokenize)
     check_tokenizer(tokenizer, text)
     check_base_sizes(config, unet, vae, text, tokenizer)
     empty = inputs.tokens(config, tokenizer, [""], texts.tokenize)["input_ids"]
@@ -153,14 +162,26 @@ def base(config):
         key_drop, key_vae = jax.random.split(key)
         drop = jax.random.bernoulli(key_drop, config.caption_dropout, (len(raw["input_ids"]), 1))
         ids = jnp.where(drop, empty, raw["input_ids"])
-        x = latents(vae, encoders["vae"], raw["image"], key_vae)
-        return {"x": x, "cond": {"input_ids": ids}}
+        x, cond = latents(vae, encoders["vae"], raw["image"], key_vae), {"input_ids": ids}
+        if terms:
+            cond["coverage"] = layout.coverage(raw["concept_map"], grid, concepts)
+        return {"x": x, "cond": cond}
 
     def init(key):
         key_unet, key_text = jax.random.split(key)
         params = unet.init(key_unet, *families.unet_example(unet))["params"]
         ids = families.clip_text_example(text)
         return {"unet": zeroed(params), "text_encoder": text.init(key_text, *ids)["params"]}
+
+    run = sampling.denoiser(unet)
+    if terms:
+        run, concepts = layout.tapped_unet(unet), len(inputs.world(config).concepts)
+        _, t, cond = families.unet_example(unet)
+        example = jnp.zeros((1, unet.sample_size, unet.sample_size, unet.in_channels)), t, cond
+        shapes = jax.eval_shape(unet.init, jax.random.key(0), *example)["params"]
+        _, patches, features = jax.eval_shape(run, shapes, *example)[1].shape
+        grid = (math.isqrt(patches),) * 2
+        init = layout.with_head(init, features, concepts)
 
     def components(params, encoders):
         return {
@@ -175,13 +196,19 @@ def base(config):
         config, components, tokenizer, scheduler, drawing(config), resolve,
         family="StableDiffusionPipeline",
     )  # fmt: skip
-    denoise = sampling.denoiser(unet)
+
+    def denoise(params, x, t, cond):
+        out = run(params["unet"], x, t, cond)
+        if not terms:
+            return out
+        out, tokens = out
+        return out, {"layout": layout.loss(params[layout.NAME], tokens, cond["coverage"])}
 
     def encode_text(params, cond):
         return {"text": text.apply({"params": params}, cond["input_ids"])["last"]}
 
-    run = with_text_encoder(lambda params, *rest: denoise(params["unet"], *rest), encode_text)
-    objective = objectives.denoise(run, noise_schedule(config), resolve, **config.objective)
+    joint, noise = with_text_encoder(denoise, encode_text), noise_schedule(config)
+    objective = objectives.denoise(joint, noise, resolve, terms=terms, **config.objective)
     return Task(objective, init, loader, encode, {"vae": vae_params}, frozen, sample, export)
 
 

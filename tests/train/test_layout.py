@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from cnxs_jax import tree
 from cnxs_jax.data import shapes
 from cnxs_jax.data.scenes import make_scene
 from cnxs_jax.models.dit import PixArt
+from cnxs_jax.models.unet import UNet
 from train import layout, tasks
 
 DIT = PixArt(
@@ -38,8 +40,8 @@ def test_only_the_right_place_has_no_loss():
 
 
 def test_the_head_stands_beside_given_and_drawn_parameters():
-    given = layout.with_head({"transformer": 1}, DIT, 5)
-    drawn = layout.with_head(lambda key: {"transformer": 2}, DIT, 5)(jax.random.key(0))
+    given = layout.with_head({"transformer": 1}, 32, 5)
+    drawn = layout.with_head(lambda key: {"transformer": 2}, 32, 5)(jax.random.key(0))
     assert (given["transformer"], drawn["transformer"]) == (1, 2)
     for params in (given, drawn):
         assert params[layout.NAME].shape == (32, 6)
@@ -55,7 +57,7 @@ def test_a_network_learns_from_the_head_alone_where_a_word_belongs():
     params = {"transformer": DIT.init(
         jax.random.key(0), jnp.zeros((1, 8, 8, 4)), jnp.zeros(1), {"text": jnp.zeros((1, 2, 8))}
     )["params"]}  # fmt: skip
-    params = layout.with_head(params, DIT, 2)
+    params = layout.with_head(params, DIT.features, 2)
     run = tasks.with_losses(DIT, {"layout": 1.0})
     words, places = rng.normal(size=(2, 8)), rng.normal(size=(2, 8))
 
@@ -83,3 +85,29 @@ def test_a_network_learns_from_the_head_alone_where_a_word_belongs():
     assert np.mean(told == 1 + where) > 0.95
     alone = jax.jit(DIT.apply)({"params": params["transformer"]}, x, t, cond)
     np.testing.assert_allclose(out, alone, rtol=1e-5, atol=1e-6)
+
+
+def test_the_features_of_a_unet_are_read_where_the_text_has_been_heard():
+    """Its output is the plain one; the last level alone comes after what the head reads."""
+    unet = UNet(
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), attention_head_dim=2,
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=8,
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    x, text = rng.normal(size=(1, 8, 8, 4)), rng.normal(size=(2, 1, 3, 8))
+    args = x, jnp.full(1, 700), {"text": text[0]}
+    params = unet.init(jax.random.key(0), *args)["params"]
+    run = jax.jit(layout.tapped_unet(unet))
+    out, tokens = run(params, *args)
+    plain = jax.jit(unet.apply)({"params": params}, *args)
+    np.testing.assert_allclose(out, plain, rtol=1e-4, atol=1e-5)
+    other = run(params, x, args[1], {"text": text[1]})[1]
+    assert np.abs(other - tokens).max() > 1e-3
+    late = r"(up_blocks_1/resnets_1|conv_norm_out|conv_out)/.*"
+    moved = tree.map_with_path(
+        lambda path, leaf: leaf + 1 if tree.matches((late,), path) else leaf, params
+    )
+    out_moved, tokens_moved = run(moved, *args)
+    np.testing.assert_array_equal(tokens_moved, tokens)
+    assert np.abs(out_moved - out).max() > 0.1
