@@ -28,17 +28,19 @@ KEYS = {
 }
 
 
-HINT = {"hint": validate.choice(*hints.HINTS)}  # of tasks that show a control picture
+# Of tasks that show a control picture; `hint_path` are the weights of a hint that has some.
+HINT = {"hint": validate.choice(*hints.HINTS), "hint_path": validate.Optional(validate.text)}
 
 
 class Hinted:
     """A source whose examples have a control picture beside the image: `hint` uint8 [H,W,3].
 
-    Canny's thresholds are drawn for each example, from its index: the same in every epoch.
+    Canny's thresholds are drawn for each example, from its index: the same in every epoch. HED's
+    weights are those of `path`.
     """
 
-    def __init__(self, source, name, seed):
-        self.source, self.name, self.seed = source, name, seed
+    def __init__(self, source, name, seed, path=None):
+        self.source, self.name, self.seed, self.path = source, name, seed, path
 
     def __len__(self):
         return len(self.source)
@@ -48,7 +50,7 @@ class Hinted:
 
     def __getitem__(self, index):
         example, rng = self.source[index], np.random.default_rng([self.seed, int(index)])
-        return {**example, "hint": hints.picture(example, self.name, rng)}
+        return {**example, "hint": hints.picture(example, self.name, rng, self.path)}
 
 
 def wants_truth(keys):
@@ -73,7 +75,7 @@ def open_source(config, seed=None, truth=False):
         **options,
     )
     if hint is not None:
-        source = Hinted(source, hint, seed)
+        source = Hinted(source, hint, seed, data.get("hint_path"))
     number = data.get("num_examples")
     return source if number in (None, len(source)) else pipeline.First(source, number)
 
