@@ -153,7 +153,7 @@ def cache_settings(config, path, hint):
         "size": data.size,
         "max_length": inputs.max_length(config),
         "buckets": bool(data.get("buckets")),
-        "hint": hint is not None,
+        "hint": None if hint is None else data.hint,
     }
 
 

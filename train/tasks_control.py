@@ -1,7 +1,8 @@
 """The task `controller`: a ControlNet-Transformer on a frozen PixArt pipeline.
 
-The control image is the scene's edge map, encoded by the pipeline's VAE as PixArt-delta encodes
-its HED maps (arXiv 2401.05252, section 4). Only the adapter is trained, saved and exported.
+The control picture (`data.hint`: a scene's exact edges, Canny of any picture, ...) is encoded by
+the pipeline's VAE as PixArt-delta encodes its HED maps (arXiv 2401.05252, section 4). Only the
+adapter is trained, saved and exported.
 """
 
 import jax
@@ -10,8 +11,8 @@ import numpy as np
 
 from cnxs_jax import control
 from cnxs_jax.control.controlnet_transformer import ControlNetTransformer, from_base
-from cnxs_jax.control.hints import line_art
 from cnxs_jax.diffusion import guidance, sampling, solvers
+from cnxs_jax.errors import ConfigError
 from train import features, inputs, networks, objectives, validate
 from train.loop import Task
 from train.parts import REMAT, SCHEDULE, from_signed, noise_schedule, scheduler_config, tiles
@@ -19,7 +20,7 @@ from train.tasks import DENOISE, check_range
 
 KEYS = {
     "controller": {
-        "data": inputs.KEYS,
+        "data": inputs.KEYS | inputs.HINT,
         "base_path": validate.text,
         "dtype": validate.Optional(validate.choice("float32", "bfloat16")),
         "remat": validate.Optional(REMAT),
@@ -33,18 +34,24 @@ KEYS = {
         "objective": DENOISE,
     }
 }
-CONFLICTS = {"controller": check_range}
-ARRAYS = ("image", "edges")
+ARRAYS = ("image", "hint")
 
 
-def edge_image(edges):
-    """Edge map [B,H,W], bool or 0/1 -> uint8 picture [B,H,W,3], white on black."""
-    return (255 * line_art(edges)).astype(jnp.uint8)
+def check_controller(values, where):
+    check_range(values, where)
+    data = values["data"]
+    inputs.check_hint(data, f"{where}.data")
+    if data.get("buckets"):
+        what = "control pictures are made in one size"
+        raise ConfigError(what, f"{where}.data.buckets", "set it to False")
+
+
+CONFLICTS = {"controller": check_controller}
 
 
 def hint_picture(raw):
-    """The control picture of a raw batch."""
-    return edge_image(raw["edges"])
+    """The control picture of a raw batch, uint8 [B,H,W,3]."""
+    return raw["hint"]
 
 
 def controller(config):
@@ -95,7 +102,7 @@ RECIPES = {"controller": networks.Recipe("base_path", controlled, ARRAYS, hint_p
 
 
 def sampler(config, module, vae, encode, tokenizer):
-    """`sample(ema, frozen, encoders)`: edge maps above the pictures that were drawn with them."""
+    """`sample(ema, frozen, encoders)`: control pictures above what was drawn with them."""
     shown = inputs.examples(config, 16, ARRAYS)
     raw = {key: shown[key] for key in ARRAYS} | inputs.tokens(config, tokenizer, shown["caption"])
     empty = inputs.tokens(config, tokenizer, [""] * 16)
@@ -118,7 +125,7 @@ def sampler(config, module, vae, encode, tokenizer):
     def sample(ema, frozen, encoders):
         params = objectives.controlled(ema, frozen)
         pictures = from_signed(draw(params, encoders, raw, empty))
-        hints = np.asarray(edge_image(jnp.asarray(raw["edges"]))) / 255.0
+        hints = raw["hint"] / 255.0
         return tiles(np.concatenate([hints[:8], pictures[:8], hints[8:], pictures[8:]]))
 
     return sample
