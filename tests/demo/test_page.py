@@ -193,8 +193,11 @@ def share_found(picture, hint):
 
 
 def test_a_drawn_control_changes_the_pictures_and_their_edges_follow(pair, browser):
-    """Two rings, the same prompt and noise: each picture has the edges of its own ring."""
-    places = ((0.3, 0.3), (0.7, 0.68))
+    """Two rings, the same prompt and noise: each picture has the edges of its own ring.
+
+    They lie where the model has seen things of this size: the scenes have a grid of 8 px.
+    """
+    places = ((0.25, 0.25), (0.625, 0.625))
     shown, found = [], []
     with opened(browser, pair) as page:
         page.locator("#prompt textarea").fill("a basketball on a white background")
@@ -203,6 +206,7 @@ def test_a_drawn_control_changes_the_pictures_and_their_edges_follow(pair, brows
             shown.append(drawn_hint(page, ring(*place)))
             found.append([pixels(source) for source in draw(page, 2 * (n + 1))[:2]])
         captions = [one.inner_text() for one in page.locator("#now figcaption").all()]
+        page.set_viewport_size({"width": 1180, "height": 1500})  # down to the hint
         page.evaluate("scrollTo(0, 0)")
         show(page, "demo_control")
     for hint, (x, y) in zip(shown, places, strict=True):  # as it was drawn: where, how wide, thin
