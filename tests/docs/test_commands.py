@@ -174,8 +174,8 @@ def run(command, cwd):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", ["docs/start.md", "docs/distil.md", "docs/controller.md",
-                                  "docs/port.md", "docs/methods.md", "docs/notebooks.md",
-                                  "docs/results/pixart_lcm.md"])  # fmt: skip
+                                  "docs/experts.md", "docs/port.md", "docs/methods.md",
+                                  "docs/notebooks.md", "docs/results/pixart_lcm.md"])  # fmt: skip
 def test_executed(page, checkout):
     """Trains, draws, converts and evaluates, page by page, as a reader would."""
     start, ran, text = time.monotonic(), 0, (ROOT / page).read_text(encoding="utf-8")
