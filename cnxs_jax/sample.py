@@ -37,6 +37,9 @@ def parse(argv=None):
     add("--num_images", type=int, default=1, help="pictures of the same prompt (default 1)")
     add("--height", type=int, help="pixels (default: the model's)")
     add("--width", type=int, help="pixels (default: the model's)")
+    add("--control", help="directory or file of a controller; it needs --image")
+    add("--image", help="its control picture, such as white lines on black")
+    add("--canny", action="store_true", help="show it the edges of --image instead")
     add("--scheduler", help="ddim, ddpm, euler, dpmpp, deis or lcm (default: the model's)")
     add("--dtype", help="float32 or bfloat16 (default: float32)")
     add("--offload", help='"model" or "sequential": networks are on the device only as they run')
@@ -69,6 +72,11 @@ def _check(args):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ConfigError(f"expected a positive number, got {value}", f"--{name}")
+    if (args.control is None) != (args.image is None):
+        what = "a controller and its picture go together"
+        raise ConfigError(what, "--control, --image", "give both or neither")
+    if args.canny and args.image is None:
+        raise ConfigError("there is no picture to find edges in", "--canny", "give --image")
     if args.guidance is not None and not (math.isfinite(args.guidance) and args.guidance >= 0):
         raise ConfigError(f"expected a number of 0 or more, got {args.guidance}", "--guidance")
 
@@ -81,19 +89,22 @@ def main(argv=None):
 
     pipe = load_pipeline(
         args.model,
+        control=args.control,
         scheduler=args.scheduler,
         dtype=args.dtype,
         offload=args.offload,
         quantize=args.quantize,
         vae_tiling=args.vae_tiling,
     )
+    height, width = pipe.sizes(args.height, args.width)[0]
     result = pipe(
         args.prompt,
+        image=None if args.image is None else control_picture(args, height, width),
         negative_prompt=args.negative_prompt,
         num_inference_steps=args.steps,
         guidance_scale=args.guidance,
-        height=args.height,
-        width=args.width,
+        height=height,
+        width=width,
         num_images_per_prompt=args.num_images,
         seed=args.seed,
     )
@@ -103,6 +114,16 @@ def main(argv=None):
         save_png(image, path, {**parameters, "model": args.model, "version": __version__})
         print(path)
     return 0
+
+
+def control_picture(args, height, width):
+    """uint8 [height, width, 3]: `--image` scaled to cover and cut, or its edges (`--canny`)."""
+    from cnxs_jax.control import hints
+    from cnxs_jax.data import image_folder
+
+    with image_folder.opened(args.image) as picture:
+        pixels = image_folder.covered(image_folder.turned(picture), height, width)
+    return (255 * hints.canny(pixels[None])[0]).astype("uint8") if args.canny else pixels
 
 
 def _paths(out, count):

@@ -20,15 +20,18 @@ Where this recipe differs from the paper (P) or the released script (S), and why
     1024 px), as here.
   - S drops 10 % of the captions by accident (0.5 is configured and never passed on). Here 10 %,
     replaced by the empty prompt.
-  - :tiny's hint is the exact edge map of the embedded scenes; the published sizes have HED edges
-    (`detector = "hed"`) of any pictures, by the weights of an installed package or by those of
-    PixArt's ControlNetHED.pth (`detector_path`; see `cnxs_jax.control.hed`).
+  - The hint (`data.hint`) is "lines" in :tiny, the exact edge map of the embedded scenes. The
+    published sizes have HED edges ("hed") of any pictures, by the weights of an installed package or
+    of PixArt's ControlNetHED.pth (`data.hint_path`; see `cnxs_jax.control.hed`). "canny" needs no
+    weights; its two thresholds are drawn for each picture.
   - :tiny learns at 1e-3 with clipping at 1: the published values belong to another size.
 
 Run:
   python -m train --config=configs/pixart_control.py --workdir=runs/control
+  python -m train --config=configs/pixart_control.py --workdir=runs/own \
+      --config.data.source=image_folder --config.data.root=photos --config.data.hint=canny
   python -m train --config=configs/pixart_control.py:xl_512 --workdir=runs/control_512 \
-      --config.base_path=PixArt-XL-2-512x512 --config.detector_path=ControlNetHED.pth \
+      --config.base_path=PixArt-XL-2-512x512 --config.data.hint_path=ControlNetHED.pth \
       --config.data.source=image_folder --config.data.root=photos
 
 The result, the adapter in diffusers' layout, is `--workdir`/export/controlnet.
@@ -63,8 +66,6 @@ def published():
     config.caption_dropout = 0.1
     config.guidance_scale = 4.5
     config.control = ConfigDict({"num_layers": 13, "order": "released"})
-    config.detector = config_dict.placeholder(str)  # "hed": edges of any picture
-    config.detector_path = config_dict.placeholder(str)  # its weights, if not the installed ones
     config.optimizer = common.adamw(
         learning_rate=2e-5, schedule="constant", warmup_steps=100, eps=1e-10, weight_decay=0.03,
         clip_norm=0.01,
@@ -73,6 +74,8 @@ def published():
     config.objective = ConfigDict()
     config.objective.prediction = "epsilon"
     config.data = common.any_data()
+    config.data.hint = "hed"
+    config.data.hint_path = config_dict.placeholder(str)  # of HED's weights
     config.log_every = 10
     config.save_every = 200
     config.sample_every = 500
@@ -84,6 +87,7 @@ def tiny():
     config.base_path = "{assets}/pixart_tiny"
     config.dtype = "float32"
     config.control.num_layers = 3
+    config.data.hint = "lines"
     config.data.size = 64
     config.data.max_length = 24
     config.steps = 1000
@@ -107,5 +111,4 @@ def xl(variant):
     config = published()
     config.base_path = common.PIXART[variant]
     config.batch_size = BATCH_SIZES[variant]
-    config.detector = "hed"
     return common.large(config, common.PIXART_SIZES[variant], max_length=120)

@@ -106,9 +106,7 @@ def built(config):
 def raw_batch(config, recipe):
     """A batch of zeros as the loader gives it."""
     batch, side, length = config.batch_size, config.data.size, inputs.max_length(config)
-    kinds = {"image": ((side, side, 3), jnp.uint8), "edges": ((side, side), jnp.bool_)}
-    kinds["hint"] = kinds["image"]
-    raw = {name: jnp.zeros((batch, *kinds[name][0]), kinds[name][1]) for name in recipe.arrays}
+    raw = {name: jnp.zeros((batch, side, side, 3), jnp.uint8) for name in recipe.arrays}
     tokens = jnp.ones((batch, length), jnp.int32)
     return raw | {"input_ids": tokens, "attention_mask": tokens}
 

@@ -86,7 +86,7 @@ def records(config, recipe, nets, tokenizer, source, shard, batch_size, dtype):
 
     from train import features
 
-    encoders = features.encoders_of(nets, {})
+    encoders = {"vae": nets.vae_params, "text_encoder": nets.text_params}
     extract = jax.jit(lambda encoders, raw: features.extract(nets, encoders, raw, recipe.hint))
     shapes = shapes_of(source, config)
     numbers = range(shard.index, len(source), shard.count)
@@ -128,7 +128,7 @@ def write(config, out, shard, dtype="float32", batch_size=8):
         what = "the features of this task cannot be stored"
         raise errors.ConfigError(what, "config.task", "train on the pictures")
     path = config[recipe.path]
-    source = inputs.open_source(config, truth=recipe.arrays != ("image",))
+    source = inputs.open_source(config, truth=inputs.wants_truth(recipe.arrays))
     if len(source) > TOO_MANY:
         what = f"{len(source):,} examples are too many to store"
         raise errors.ConfigError(what, "config.data.num_examples", "set it, e.g. to 20000")

@@ -53,13 +53,26 @@ class Hinted:
         return {**example, "hint": hints.picture(example, self.name, rng, self.path)}
 
 
+def check_hint(data, where):
+    """Raises ConfigError for a control picture that the source of `data` cannot have."""
+    name, source = data["hint"], data["source"]
+    if hints.named(name).source != "image" and source not in (*pipeline.WORLDS, "features"):
+        what = f"{source} has no exact {name}, which only the scenes know"
+        raise ConfigError(what, f"{where}.hint", 'set it to "canny" or "hed"')
+    if data.get("hint_path") and name != "hed":
+        raise ConfigError(f"{name} has no weights", f"{where}.hint_path", "leave it out")
+
+
 def wants_truth(keys):
     """Whether these arrays of an example come from a scene's exact truth."""
     return not set(keys) <= {"image", "hint"}
 
 
 def open_source(config, seed=None, truth=False):
-    """The source of examples of `config.data`; `truth` adds masks, edges and depth."""
+    """The source of examples of `config.data`; `truth` adds masks, edges and depth.
+
+    With `data.hint` examples have their control picture, which cached features hold already.
+    """
     data = config.data
     options = {k: data[k] for k in ("num_concepts", "relations") if data.get(k)}
     seed = data.get("seed") or 0 if seed is None else seed
@@ -74,7 +87,7 @@ def open_source(config, seed=None, truth=False):
         root=data.get("root"),
         **options,
     )
-    if hint is not None:
+    if hint is not None and data.source != "features":
         source = Hinted(source, hint, seed, data.get("hint_path"))
     number = data.get("num_examples")
     return source if number in (None, len(source)) else pipeline.First(source, number)

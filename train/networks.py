@@ -32,10 +32,7 @@ PUBLISHED = {
 
 
 class Networks(NamedTuple):
-    """Modules and parameters; those of the encoders are None on cached features.
-
-    `detector` draws the control pictures of a task that asks for one (`config.detector`).
-    """
+    """Modules and parameters; `vae_params` and `text_params` are None on cached features."""
 
     dit: Any
     dit_params: Any
@@ -44,14 +41,6 @@ class Networks(NamedTuple):
     text: Any
     text_params: Any
     null: Any = None
-    detector: Any = None
-    detector_params: Any = None
-
-    @property
-    def bare(self):
-        """The same without parameters, for functions that get those as an argument."""
-        names = ("dit_params", "vae_params", "text_params", "null", "detector_params")
-        return self._replace(**dict.fromkeys(names))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +51,7 @@ class Recipe:
         path: the config's key of the pipeline's directory.
         build: `(config, networks, empty) -> (Task, more)`: the step, without data and results.
         arrays: the arrays of an example that it reads.
-        hint: `(networks, encoders, raw) -> control picture [B,H,W,3] in 0..255`, or None.
+        hint: `raw -> uint8 picture [B,H,W,3]` of the control picture, or None.
         zeros: `(config, path) -> networks` of zeros, for the planner; PixArt's unless given.
         cacheable: whether `train.cache` can store what its encoders make.
     """
@@ -97,9 +86,7 @@ def load_encoders(config, path):
 
     dtype = jnp.dtype(config.get("dtype") or "float32")
     text = read_model(f"{path}/text_encoder", dtype=dtype)
-    detector = hed.load(config.get("detector_path")) if config.get("detector") else (None, None)
-    nets = Networks(None, None, *read_model(f"{path}/vae"), *text)
-    return nets._replace(detector=detector[0], detector_params=detector[1])
+    return Networks(None, None, *read_model(f"{path}/vae"), *text)
 
 
 def null_caption(config, path):
@@ -135,8 +122,6 @@ def modules(config, path):
         found = {n: (m, families.shapes(m)) for n, m in zip(names, made, strict=True)}
     dit, text = found["transformer"], found["text_encoder"]
     found["transformer"] = dit[0].clone(dtype=dtype, remat=config.get("remat")), dit[1]
-    if config.get("detector"):
-        found["detector"] = hed.shapes(fused=True)
     halved = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), text[1])
     return found | {"text_encoder": (text[0].clone(dtype=dtype), halved)}
 
@@ -152,10 +137,7 @@ def zeros(config, path):
     null = None
     if config.get("null") == "learned":
         null = jnp.zeros((inputs.max_length(config), found["text_encoder"][0].d_model))
-    drawn = filled("detector") if "detector" in found else (None, None)
-    return Networks(
-        *filled("transformer"), *filled("vae"), *filled("text_encoder"), null, *drawn
-    )  # fmt: skip
+    return Networks(*filled("transformer"), *filled("vae"), *filled("text_encoder"), null)
 
 
 def encoder_hashes(path):
@@ -166,15 +148,15 @@ def encoder_hashes(path):
 def cache_settings(config, path, hint):
     """What a cache of `config`'s features must have been made with."""
     data, hashes = config.data, encoder_hashes(path)
-    if config.get("detector"):
-        hashes["detector"] = hed.weights_hash(config.get("detector_path"))
+    if hint is not None and data.hint == "hed":
+        hashes["hed"] = hed.weights_hash(data.get("hint_path"))
     return {
         "encoders": hashes,
         "dtype": config.get("dtype") or "float32",
         "size": data.size,
         "max_length": inputs.max_length(config),
         "buckets": bool(data.get("buckets")),
-        "hint": hint is not None,
+        "hint": None if hint is None else data.hint,
     }
 
 
@@ -226,14 +208,10 @@ def opened(config, recipe):
 
 
 def recipe_of(config):
-    """The `Recipe` of the task that a config names. Raises ConfigError where it has none.
-
-    A task whose recipe depends on the config lists a function of it.
-    """
+    """The `Recipe` of the task that a config names. Raises ConfigError where it has none."""
     module, _, function = config.task.partition(":")
     recipes = getattr(importlib.import_module(module), "RECIPES", {})
     if function not in recipes:
         what = f"the task {config.task!r} is not built on a pipeline's frozen encoders"
         raise ConfigError(what, "config.task", "e.g. configs/pixart_lcm.py has such a task")
-    found = recipes[function]
-    return found if isinstance(found, Recipe) else found(config)
+    return recipes[function]

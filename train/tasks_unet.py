@@ -19,7 +19,6 @@ from cnxs_jax.control.controlled_unet import COMPAT
 from cnxs_jax.control.xs_sizes import INFUSIONS, TYPES
 from cnxs_jax.convert import families
 from cnxs_jax.data import text as texts
-from cnxs_jax.data.pipeline import WORLDS
 from cnxs_jax.diffusion import sampling
 from cnxs_jax.errors import ConfigError
 from cnxs_jax.models.clip import CLIPTextModel
@@ -106,9 +105,7 @@ def check_controller(values, where):
         raise ConfigError("the whole base is frozen as it is", f"{where}.freeze", "leave it out")
     data, own = values["data"], values["control"]
     check_pictures(data, f"{where}.data")
-    if hints.named(data["hint"]).source != "image" and data["source"] not in WORLDS:
-        what = f"{data['source']} has no exact {data['hint']}, which only the scenes know"
-        raise ConfigError(what, f"{where}.data.hint", 'set it to "canny" or "hed"')
+    inputs.check_hint(data, f"{where}.data")
     sizes = [name for name in ("size_ratio", "block_out_channels") if own.get(name)]
     if own["kind"] == "controlnet_xs" and len(sizes) != 1:
         raise ConfigError(

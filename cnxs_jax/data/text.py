@@ -10,6 +10,7 @@ import argparse
 import collections
 import io
 import math
+import os
 import pathlib
 import re
 import string
@@ -63,13 +64,20 @@ def train_tokenizer(captions):
     return model.SerializeToString(deterministic=True)
 
 
+def import_transformers():
+    """transformers, without its advice to install PyTorch: nothing here needs it."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    import transformers
+
+    return transformers
+
+
 def save_tokenizer(model_bytes, directory):
     """Writes `spiece.model`, `tokenizer.json` and `tokenizer_config.json`.
 
     The first is what the T5 tokenizers of transformers 4 read, the second those of transformers 5.
     """
-    import transformers
-
+    transformers = import_transformers()
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     for old in ("tokenizer.json", "spiece.model"):
@@ -101,8 +109,7 @@ def load_tokenizer(directory):
     if not any((directory / n).is_file() for n in names):
         fix = f"give a directory with one of {names}"
         raise errors.DataError("no tokenizer found", directory, fix)
-    import transformers
-
+    transformers = import_transformers()
     try:
         return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except Exception as error:

@@ -13,7 +13,7 @@ canvas.setAttribute("aria-label", props.title);
 const tools = make(root, "div", { className: "tools" });
 const pen = canvas.getContext("2d");
 const phrases = {};
-const state = { used: false, colour: null, width: SIDE / 12, last: null };
+const state = { used: false, colour: null, width: props.width, last: null };
 
 function send() {
   const picture = state.used ? canvas.toDataURL("image/png") : null;

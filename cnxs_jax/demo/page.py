@@ -14,6 +14,7 @@ from cnxs_jax.pipelines.request import MAX_PROMPT
 
 HERE = pathlib.Path(__file__).parent
 KEPT = 24  # pictures of the gallery; the browser holds them
+BRUSH, PEN = 42, 10  # of 512: areas are painted, controllers have learned thin lines
 LINES = {"#ffffff": "white", "#000000": "black"}
 LOG = logging.getLogger(__name__)
 CANVAS_STYLE = """
@@ -106,7 +107,7 @@ def _painting():
 
 def _control(studio, size):
     with gr.Accordion("Control picture", open=True):
-        canvas = _canvas("control", "#000000", LINES, upload=True)
+        canvas = _canvas("control", "#000000", LINES, upload=True, width=PEN)
         kind = gr.Radio(list(inputs.HINTS), value=inputs.HINTS[0], label="The controller sees it")
         scale = _slider("Control scale", 0, inputs.MAX_CONTROL_SCALE, 1.0, 0.05)
         preview = _pictures("hint", 0, 160)
@@ -131,7 +132,7 @@ def _style():
     return {"style": canvas, "style_scale": scale}
 
 
-def _canvas(name, background, colours, upload=False, phrases=0):
+def _canvas(name, background, colours, upload=False, phrases=0, width=BRUSH):
     return gr.HTML(
         None,
         html_template='<div class="canvas"></div>',
@@ -144,6 +145,7 @@ def _canvas(name, background, colours, upload=False, phrases=0):
         colours=colours,
         upload=upload,
         phrases=phrases,
+        width=width,
     )
 
 

@@ -16,12 +16,15 @@ START, ANSWER = 300, 300  # seconds that a start and an answer may take on a bus
 
 
 class Server:
-    """A running page. `log` is what it printed, `port` where it listens."""
+    """A running page. `log` is what it printed, `port` where it listens.
 
-    def __init__(self, folder, *arguments):
+    `path` is where Python finds the library; None: where `python` has it installed.
+    """
+
+    def __init__(self, folder, *arguments, python=sys.executable, path=ROOT):
         self.port, self.folder = _free_port(), folder
-        command = [sys.executable, "-m", "cnxs_jax.demo", f"--port={self.port}", *arguments]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1"}
+        command = [python, "-m", "cnxs_jax.demo", f"--port={self.port}", *arguments]
+        environment = {**os.environ, "PYTHONPATH": str(path or ""), "JAX_NUM_CPU_DEVICES": "1"}
         self.output = (folder / "server.log").open("w")
         self.process = subprocess.Popen(
             command, cwd=folder, env=environment, stdout=self.output, stderr=subprocess.STDOUT

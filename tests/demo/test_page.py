@@ -1,9 +1,11 @@
 """The page on a real server: in headless Chromium, and under requests that no browser sends.
 
     pip install -e ".[test-core,demo]" playwright
-    python -m pytest -m slow tests/demo
+    CNXS_CONTROLLER=runs/control/export/controlnet python -m pytest -m slow tests/demo
 
 Chromium is Debian's (`chromium`) or Playwright's own (`python -m playwright install chromium`).
+Without a trained controller the tests train one first (`tests.trained`). `CNXS_STUDENT` may name a
+student's directory for the page of two models; it is the shipped model otherwise.
 """
 
 import base64
@@ -11,6 +13,8 @@ import concurrent.futures
 import contextlib
 import http.client
 import io
+import math
+import os
 import pathlib
 import shutil
 import time
@@ -20,15 +24,15 @@ import pytest
 from PIL import Image
 
 from cnxs_jax import sample
-from cnxs_jax.control.controlnet_transformer import ControlNetTransformer
+from cnxs_jax.control import hints
 from cnxs_jax.demo import inputs
 from cnxs_jax.demo.guard import MAX_BODY, QUEUE
 from cnxs_jax.pipelines import images
-from cnxs_jax.pipelines.load import load_model, save_model
+from eval.metrics.edges import edge_f1
+from tests import trained
 from tests.checks import record
 from tests.demo.client import ROOT, Server
 from tests.demo.test_draw import HOSTILE, RED, bomb, data, painting
-from tests.pipelines import tiny
 
 pytestmark = pytest.mark.slow
 PICTURES = ROOT / "docs" / "results" / "pictures"
@@ -59,20 +63,10 @@ def server(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """Teacher and student with a controller that has learned nothing, but is not dead."""
+    """Teacher and student with a controller that follows lines."""
     folder = tmp_path_factory.mktemp("pair")
-    base, _ = load_model(sample.DEFAULT_MODEL, component="transformer")
-    adapter = ControlNetTransformer(
-        num_layers=1,
-        num_attention_heads=base.num_attention_heads,
-        attention_head_dim=base.attention_head_dim,
-    )
-    width = base.num_attention_heads * base.attention_head_dim
-    tokens, modulation = np.zeros((1, 1, width), "f4"), np.zeros((1, 6, width), "f4")
-    args = tokens, {"hint": tokens, "kv": None}, (modulation, tokens, None, None)
-    save_model(adapter, tiny.perturbed(adapter, *args), folder / "controller")
-    model = str(sample.DEFAULT_MODEL)
-    made = Server(folder, f"--student={model}", f"--control={folder / 'controller'}")
+    student = pathlib.Path(os.environ.get("CNXS_STUDENT", sample.DEFAULT_MODEL)).absolute()
+    made = Server(folder, f"--student={student}", f"--control={trained.controller(folder)}")
     yield made
     made.stop()
 
@@ -177,29 +171,61 @@ def _greener_left(picture):
     return round(float(green[:, :32].mean() - green[:, 32:].mean()), 1)
 
 
-def test_teacher_student_and_a_drawn_control_with_its_hint(pair, browser):
+def ring(x, y, radius=0.24):
+    """Points of a circle, in shares of the canvas's sides."""
+    turns = [2 * math.pi * n / 24 for n in range(25)]
+    return [(x + radius * math.cos(turn), y + radius * math.sin(turn)) for turn in turns]
+
+
+def drawn_hint(page, points):
+    """Draws on the empty control canvas; what the page says that the controller sees."""
+    page.locator("#control .clear").click()
+    page.wait_for_function("!document.querySelector('#hint img')", timeout=60_000)
+    drag(page, page.locator("#control canvas"), points)
+    page.locator("#hint img").wait_for(timeout=60_000)
+    return pixels(page.locator("#hint img").get_attribute("src"))[0]
+
+
+def share_found(picture, hint):
+    """Share of a hint's lines that have an edge of the picture within two pixels."""
+    edges = hints.canny(picture[None].astype(np.uint8))[..., 0] > 0
+    return round(float(edge_f1(edges, hint[None].max(-1) > 128, tolerance=2)["recall"][0]), 2)
+
+
+def test_a_drawn_control_changes_the_pictures_and_their_edges_follow(pair, browser):
+    """Two rings, the same prompt and noise: each picture has the edges of its own ring.
+
+    They lie where the model has seen things of this size: the scenes have a grid of 8 px.
+    """
+    places = ((0.25, 0.25), (0.625, 0.625))
+    shown, found = [], []
     with opened(browser, pair) as page:
-        page.locator("#prompt textarea").fill("a frog")
-        page.get_by_label("number input for Teacher's steps").fill("4")
-        page.get_by_label("number input for Student's steps").fill("2")
-        drag(page, page.locator("#control canvas"), [(0.25, 0.5), (0.75, 0.5)])
-        page.locator("#hint img").wait_for(timeout=60_000)
-        hint, _ = pixels(page.locator("#hint img").get_attribute("src"))
-        rows = np.flatnonzero(hint.max((1, 2)) > 128)
-        columns = np.flatnonzero(hint.max((0, 2)) > 128)
-        assert (abs(rows - 31.5) < 6).all()  # a bar in the middle, as it was drawn
-        assert columns.min() in range(10, 18)
-        assert columns.max() in range(46, 54)
-        first = draw(page, 2)
+        page.locator("#prompt textarea").fill("a basketball on a white background")
+        page.get_by_label("number input for Student's steps").fill("4")
+        for n, place in enumerate(places):
+            shown.append(drawn_hint(page, ring(*place)))
+            found.append([pixels(source) for source in draw(page, 2 * (n + 1))[:2]])
         captions = [one.inner_text() for one in page.locator("#now figcaption").all()]
-        assert captions[0].startswith("teacher: 4 steps")
-        assert captions[1].startswith("student: 2 steps")
-        drag(page, page.locator("#control canvas"), [(0.5, 0.1), (0.5, 0.9)])
-        second = draw(page, 4)[:2]
-    found = [pixels(source) for source in (*first, *second)]
-    assert [p["steps"] for _, p in found] == [4, 2, 4, 2]
-    for (one, _), (other, _) in zip(found[:2], found[2:], strict=True):
-        assert np.abs(one - other).mean() > 1  # another control, another picture
+        page.set_viewport_size({"width": 1180, "height": 1500})  # down to the hint
+        page.evaluate("scrollTo(0, 0)")
+        show(page, "demo_control")
+    for hint, (x, y) in zip(shown, places, strict=True):  # as it was drawn: where, how wide, thin
+        rows, columns = np.nonzero(hint.max(-1) > 128)
+        assert abs((rows.min() + rows.max()) / 2 - 64 * y) < 3
+        assert abs((columns.min() + columns.max()) / 2 - 64 * x) < 3
+        assert 26 <= np.ptp(rows) <= 36
+        assert len(rows) < 64 * 64 / 12
+    assert captions[0].startswith("teacher: 20 steps")
+    assert captions[1].startswith("student: 4 steps")
+    assert [p["steps"] for row in found for _, p in row] == [20, 4, 20, 4]
+    for n, role in enumerate(("teacher", "student")):
+        one, two = (row[n][0] for row in found)
+        assert np.abs(one - two).mean() > 5  # another control, another picture
+        own = (share_found(one, shown[0]), share_found(two, shown[1]))
+        other = (share_found(one, shown[1]), share_found(two, shown[0]))
+        record(f"demo: lines found again, {role}", own=own, other=other)
+        assert min(own) > 0.7, (role, own, other)
+        assert max(other) < min(own) - 0.3, (role, own, other)
 
 
 # --- requests that no browser sends ----------------------------------------------------------

@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cnxs_jax.control import hints
+from eval.metrics.edges import edge_f1
 from tests.checks import record
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -56,9 +58,9 @@ def tiles(out, cell, rows, cols, labelled):
     return found
 
 
-def test_there_are_three():
+def test_there_are_four():
     names = {path.stem for path in NOTEBOOKS}
-    assert names == {"distil", "four_step_pictures", "pytorch_and_back"}
+    assert names == {"distil", "four_step_pictures", "own_controller", "pytorch_and_back"}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -124,11 +126,17 @@ def test_distil(tmp_path):
 @pytest.mark.slow
 def test_four_step_pictures(tmp_path):
     out = tmp_path / "out"
-    seen, seconds = execute("four_step_pictures", out, DISTIL_STEPS=2)
+    seen, seconds = execute("four_step_pictures", out, DISTIL_STEPS=2, CONTROL_STEPS=2)
     shown = [cell for cell in seen if cell["picture"]]
     both = tiles(out, shown[1], 2, 4, labelled=True)
     np.testing.assert_array_equal(both[0], tiles(out, shown[0], 1, 4, labelled=False)[0])
     assert np.abs(both[1] - both[0]).mean() > 0.02
+    rings, free, followed = tiles(out, shown[2], 3, 4, labelled=True)
+    assert set(np.unique(rings)) == {0, 1}
+    for ring, box in zip(rings, ((0, 32), (24, 56), (24, 48), (8, 32)), strict=True):
+        rows = np.flatnonzero(ring.max((1, 2))) // 3  # where the outline was drawn
+        assert (rows.min(), rows.max()) == box
+    assert np.abs(followed - free).max() > 0  # after two steps no more can be said
     painted = tiles(out, shown[-1], 3, 4, labelled=True)
     half, (red, green, blue) = TILE // 2, np.moveaxis(painted, -1, 0)
     frog = (green > red + 0.1) & (green > blue + 0.1)
@@ -140,7 +148,70 @@ def test_four_step_pictures(tmp_path):
     assert moved["frog"] > 0.03, moved
     assert moved["crab"] < -0.03, moved
     record(
-        "notebook four_step_pictures, 2 distillation steps",
+        "notebook four_step_pictures, 2 steps of student and controller",
         seconds=round(seconds),
         **{f"{name}_moved_right": round(value, 3) for name, value in moved.items()},
     )
+
+
+@pytest.fixture(scope="module")
+def stable_diffusion(tmp_path_factory):
+    """A Stable Diffusion that was trained for six steps."""
+    work = tmp_path_factory.mktemp("sd")
+    command = [sys.executable, "-m", "train", "--config=configs/sd.py:smoke", f"--workdir={work}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return str(work / "export")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Twelve pictures of several shapes, each a bright box on a dark ground."""
+    folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for n in range(12):
+        picture = Image.new("RGB", (50 + n, 60), tuple(rng.integers(0, 60, 3).tolist()))
+        picture.paste(tuple(rng.integers(160, 256, 3).tolist()), (12, 14 + n, 36, 44 + n))
+        picture.save(folder / f"{n:02d}.jpg")
+        (folder / f"{n:02d}.txt").write_text(f"box number {n}")
+    return str(folder)
+
+
+@pytest.mark.slow
+def test_a_controller_on_drawn_pictures(tmp_path):
+    text = controller_of_a_folder(tmp_path, "shipped", 64, STEPS=4)
+    assert "configs.pixart_control: 100 pictures" in text
+    assert "PixArtControlNetAdapterModel" in text
+
+
+@pytest.mark.slow
+def test_controlnet_xs_on_a_folder_of_photos(tmp_path, stable_diffusion, photos):
+    values = {"BASE": stable_diffusion, "FOLDER": photos, "VARIANT": "smoke", "STEPS": 4}
+    text = controller_of_a_folder(tmp_path, "Stable Diffusion", 32, **values)
+    assert "configs.controlnet_xs: 12 pictures, the last four: ['box number 8'" in text
+    assert "ControlNetXSAdapter" in text
+
+
+def controller_of_a_folder(tmp_path, name, side, **values):
+    """Runs the notebook, checks what it showed; its text."""
+    out = tmp_path / "out"
+    seen, seconds = execute("own_controller", out, **values)
+    text = "".join(cell["text"] for cell in seen)
+    losses = [float(x) for x in re.findall(r"'loss': ([\d.e-]+)", text)]
+    assert len(losses) >= 2
+    assert np.isfinite(losses).all()
+    shown = [cell for cell in seen if cell["picture"]]
+    kept = tiles(out, shown[0], 2, 4, labelled=False)
+    final = tiles(out, shown[-1], 4, 4, labelled=True)
+    np.testing.assert_array_equal(final[:2], kept)
+    small = np.round(255 * final[:, :, :: TILE // side, :: TILE // side]).astype(np.uint8)
+    lines = hints.canny(small[0])
+    assert lines.any((1, 2, 3)).all()
+    np.testing.assert_array_equal(lines, small[1] / 255)
+    for row, printed in enumerate(re.findall(r"([\d.]+) of the lines found again", text), 2):
+        found = hints.canny(small[row])[..., 0] > 0
+        recall = edge_f1(found, lines[..., 0] > 0)["recall"].mean()
+        assert abs(recall - float(printed)) < 1e-3
+    assert row == 3
+    assert np.abs(final[3] - final[2]).max() > 0  # a few steps have opened the zero layers
+    record(f"notebook own_controller, 4 steps, {name}", seconds=round(seconds))
+    return text

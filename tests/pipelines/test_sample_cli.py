@@ -1,11 +1,14 @@
 """The sample command: mistakes end early with one message and the documented exit code."""
 
+import argparse
 import os
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from cnxs_jax import sample
 from cnxs_jax.errors import ConfigError
@@ -34,6 +37,9 @@ BAD = [
     [*GOOD, "--num_images=65"],
     [*GOOD, "--height=0"],
     [*GOOD, "--width=-8"],
+    [*GOOD, "--control=adapter"],
+    [*GOOD, "--image=lines.png"],
+    [*GOOD, "--canny"],
     [*GOOD, "stray"],
 ]
 
@@ -90,3 +96,23 @@ def test_several_images_get_numbers(tmp_path):
     one, two = sample._paths(tmp_path / "a.b.png", 2)
     assert (one.name, two.name) == ("a.b_0.png", "a.b_1.png")
     assert sample._paths(tmp_path / "a.png", 1) == [tmp_path / "a.png"]
+
+
+def test_the_control_picture_is_cut_to_size_or_shows_its_edges(tmp_path):
+    """A box in the middle of a wide photo."""
+    photo = Image.new("RGB", (256, 128), (40, 40, 40))
+    photo.paste((240, 240, 240), (96, 32, 160, 96))
+    photo.save(tmp_path / "photo.png")
+    args = argparse.Namespace(image=str(tmp_path / "photo.png"), canny=False)
+    plain = sample.control_picture(args, 64, 64)
+    assert plain.shape == (64, 64, 3)
+    assert plain[32, 32].tolist() == [240] * 3
+    assert plain[:13].max() <= 60
+    args.canny = True
+    lines = sample.control_picture(args, 64, 64)
+    assert set(np.unique(lines)) == {0, 255}
+    rows, columns = np.nonzero(lines[..., 0])
+    for found in (rows, columns):  # the box is 16 to 48 px
+        assert abs(found.min() - 15.5) <= 1
+        assert abs(found.max() - 47.5) <= 1
+    assert not lines[20:44, 20:44].any()

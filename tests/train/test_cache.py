@@ -49,8 +49,10 @@ def distill_config(base, photos):
 def hed_config(base, photos):
     """A controller on HED edges of photographs, with a random detector."""
     config = control_config(base)
-    config.detector, config.detector_path = "hed", str(detector.write(photos.parent / "hed"))
-    config.data.update(source="image_folder", root=str(photos))
+    weights = str(detector.write(photos.parent / "hed"))
+    config.data.update(
+        source="image_folder", root=str(photos), hint="hed", hint_path=weights
+    )  # fmt: skip
     return config
 
 
@@ -197,11 +199,11 @@ def test_features_of_another_detector_are_refused(base, photos, tmp_path):
     config = hed_config(base, photos)
     cache.write(config, tmp_path / "cache", features.Shard(0, 1))
     changed = cached(config, tmp_path / "cache")
-    changed.detector_path = str(detector.write(tmp_path / "other", seed=1))
-    with pytest.raises(DataError, match="stale: encoders.detector: cached .*now"):
+    changed.data.hint_path = str(detector.write(tmp_path / "other", seed=1))
+    with pytest.raises(DataError, match="stale: encoders.hed: cached .*now"):
         loop.build_task(changed)
-    changed.detector = changed.detector_path = None
-    with pytest.raises(DataError, match="stale: encoders.detector"):
+    changed.data.hint, changed.data.hint_path = "canny", None
+    with pytest.raises(DataError, match="stale: .*hed"):
         loop.build_task(changed)
 
 

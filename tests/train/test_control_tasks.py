@@ -5,17 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from PIL import Image
 
 import cnxs_jax
 from cnxs_jax import lora
-from cnxs_jax.control import hed
 from cnxs_jax.convert import lora as lora_files
 from cnxs_jax.convert import pixart
+from cnxs_jax.data import features
 from cnxs_jax.diffusion import sampling, schedule
 from cnxs_jax.errors import ConfigError
-from tests.control import detector
 from tests.pipelines import tiny
-from train import abstract, features, log, loop, objectives, validate
+from train import log, loop, networks, objectives, tasks_control, validate
 
 pytestmark = pytest.mark.filterwarnings("ignore:caption has")
 
@@ -52,6 +52,7 @@ def control_config(base, **control):
             "control": {"num_layers": 1, **control},
             "caption_dropout": 0.5,
             "objective": {"prediction": "epsilon"},
+            "data": COMMON["data"] | {"hint": "lines"},
         }
     )
 
@@ -110,46 +111,53 @@ def test_the_picture_of_a_controller_shows_its_edges(base):
     assert set(np.unique(hints)) == {0, 255}
 
 
-def test_the_hint_of_a_detector_is_encoded(base, tmp_path):
-    """HED edges of the batch's pictures, in [-1, 1], through the pipeline's VAE."""
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Grey pictures with a bright box each, whose outline is known."""
+    path = tmp_path_factory.mktemp("photos")
+    for n in range(8):
+        image = Image.new("RGB", (tiny.SIDE, tiny.SIDE), (90, 90, 90))
+        image.paste((250, 250, 250), (2, 2, 6 + n, 13))
+        image.save(path / f"{n}.png")
+        (path / f"{n}.txt").write_text("a red fox")
+    return path
+
+
+def test_a_controller_of_ones_own_pictures_is_shown_their_edges(base, photos):
     config = control_config(base)
-    config.detector, config.detector_path = "hed", str(detector.write(tmp_path))
+    config.data.update(source="image_folder", root=str(photos), hint="canny")
     validate.check(config)
-    task = loop.build_task(config)
-    raw = {k: v for k, v in next(task.loader).items() if loop.is_numeric(v)}
-    assert "edges" not in raw
-    key = jax.random.key(1)
-    hint = jax.jit(task.encode)(task.encoders, raw, key)["cond"]["hint"]
-    vae, params = cnxs_jax.load_model(base, "vae")
-    shown = np.stack([hed.edges(raw["image"], config.detector_path)] * 3, axis=-1)
-    run = jax.jit(lambda params, x: vae.apply({"params": params}, x, method="encode"))
-    mean, logvar = run(params, 2.0 * shown - 1.0)
-    moments = {"hint_mean": mean, "hint_logvar": logvar}
-    nets = abstract.networks.Networks(None, None, vae, None, None, None)
-    expected = features.latents(nets, moments, jax.random.split(key, 3)[2], "hint_")
-    np.testing.assert_allclose(hint, expected, atol=1e-5)
+    raw = next(loop.build_task(config).loader)
+    assert raw["hint"].shape == (8, tiny.SIDE, tiny.SIDE, 3)
+    for image, hint in zip(raw["image"], raw["hint"], strict=True):
+        box, lines = image[..., 0] > 170, hint[..., 0] == 255
+        inner = np.pad(box, 1)
+        inner = inner[:-2, 1:-1] & inner[2:, 1:-1] & inner[1:-1, :-2] & inner[1:-1, 2:] & box
+        outline = box & ~inner
+        assert (lines & ~outline).sum() <= lines.sum() / 2  # on the box's border or just beside it
+        assert not lines[inner].any()
+        assert lines.sum() >= outline.sum() / 2
 
 
-def test_a_detector_is_planned_without_its_weights(base, monkeypatch):
-    monkeypatch.setattr(hed, "packaged", lambda: None)
+def test_what_a_controller_cannot_be_shown(base, photos):
     config = control_config(base)
-    config.detector = "hed"
-    _, _, shapes = abstract.built(config)
-    assert shapes["batch"]["cond"]["hint"].shape == shapes["batch"]["x"].shape
-    assert shapes["encoders"]["detector"]["fuse"]["kernel"].shape == (1, 1, 5, 1)
+    config.data.update(source="image_folder", root=str(photos))
+    with pytest.raises(ConfigError, match="image_folder has no exact lines") as caught:
+        validate.check(config)
+    assert 'set it to "canny"' in caught.value.fix
+    config.data.update(hint="canny", buckets=True)
+    with pytest.raises(ConfigError, match="in one size"):
+        validate.check(config)
 
 
-def test_photographs_need_a_detector(base):
-    config = control_config(base)
-    config.data.update(source="image_folder", root="photos")
-    with pytest.raises(ConfigError, match='(?s)no exact edges.*set it to "hed"'):
-        validate.check(config)
-    config.detector = "hed"
-    validate.check(config)
-    config.detector, config.detector_path = None, "x.pth"
-    config.data.source = "shapes"
-    with pytest.raises(ConfigError, match="weights of no detector"):
-        validate.check(config)
+def test_features_of_other_hints_are_stale(base):
+    made = {}
+    for name in ("lines", "canny"):
+        config = control_config(base)
+        config.data.hint = name
+        made[name] = networks.cache_settings(config, str(base), tasks_control.hint_picture)
+    differ = features.differences(made["lines"], made["canny"])
+    assert differ == "hint: cached 'lines', now 'canny'"
 
 
 def test_a_lora_student_is_its_teacher_and_the_exported_adapter(base, tmp_path):
