@@ -21,8 +21,8 @@ Where this recipe differs from the paper (P) or the released script (S), and why
   - S drops 10 % of the captions by accident (0.5 is configured and never passed on). Here 10 %,
     replaced by the empty prompt.
   - The hint (`data.hint`) is "lines" in :tiny, the exact edge map of the embedded scenes. The
-    published sizes have HED edges ("hed") of any pictures, by the weights of an installed package or
-    of PixArt's ControlNetHED.pth (`data.hint_path`; see `cnxs_jax.control.hed`). "canny" needs no
+    published sizes have HED edges ("hed") of any pictures, by an installed package's weights or by
+    PixArt's ControlNetHED.pth (`data.hint_path`; see `cnxs_jax.control.hed`). "canny" needs no
     weights; its two thresholds are drawn for each picture.
   - :tiny learns at 1e-3 with clipping at 1: the published values belong to another size.
 

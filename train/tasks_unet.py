@@ -14,7 +14,7 @@ import numpy as np
 
 from cnxs_jax import control
 from cnxs_jax import tree as trees
-from cnxs_jax.control import controlnet, controlnet_xs, hints
+from cnxs_jax.control import controlnet, controlnet_xs
 from cnxs_jax.control.controlled_unet import COMPAT
 from cnxs_jax.control.xs_sizes import INFUSIONS, TYPES
 from cnxs_jax.convert import families
