@@ -126,7 +126,7 @@ def test_what_ray_calls_is_there():
 # --- the same, executed ----------------------------------------------------------------------
 
 # What needs the network, a cluster or a published file of gigabytes.
-ELSEWHERE = (":xl_", "PixArt-XL-2-512x512.pth", "localhost:9876")
+ELSEWHERE = (":xl_", "hint=hed", "PixArt-XL-2-512x512.pth", "localhost:9876")
 PUBLISHED = re.compile(r":xl_\d+$")  # where the small model goes the same way
 SMALL = {  # smallest settings that still go through every part
     "eval": ["--num_prompts=4", "--num_real=8", "--steps=1", "--reference_steps=1"],
