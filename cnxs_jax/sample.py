@@ -75,6 +75,8 @@ def _check(args):
     if (args.control is None) != (args.image is None):
         what = "a controller and its picture go together"
         raise ConfigError(what, "--control, --image", "give both or neither")
+    if args.image is not None and not pathlib.Path(args.image).is_file():
+        raise ConfigError("no such file", args.image, "--image: a picture")
     if args.canny and args.image is None:
         raise ConfigError("there is no picture to find edges in", "--canny", "give --image")
     if args.guidance is not None and not (math.isfinite(args.guidance) and args.guidance >= 0):

@@ -39,6 +39,7 @@ BAD = [
     [*GOOD, "--width=-8"],
     [*GOOD, "--control=adapter"],
     [*GOOD, "--image=lines.png"],
+    [*GOOD, "--control=adapter", "--image=nowhere.png"],
     [*GOOD, "--canny"],
     [*GOOD, "stray"],
 ]
