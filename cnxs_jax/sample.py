@@ -13,6 +13,7 @@ from cnxs_jax import __version__
 from cnxs_jax.errors import ConfigError, run_main
 
 DEFAULT_MODEL = pathlib.Path(__file__).parent / "assets" / "pixart_tiny"
+LINES = DEFAULT_MODEL.with_name("pixart_tiny_control")  # follows lines on DEFAULT_MODEL
 MAX_IMAGES = 64
 
 

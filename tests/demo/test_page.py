@@ -1,11 +1,11 @@
 """The page on a real server: in headless Chromium, and under requests that no browser sends.
 
     pip install -e ".[test-core,demo]" playwright
-    CNXS_CONTROLLER=runs/control/export/controlnet python -m pytest -m slow tests/demo
+    python -m pytest -m slow tests/demo
 
 Chromium is Debian's (`chromium`) or Playwright's own (`python -m playwright install chromium`).
-Without a trained controller the tests train one first (`tests.trained`). `CNXS_STUDENT` may name a
-student's directory for the page of two models; it is the shipped model otherwise.
+`CNXS_STUDENT` may name a student's directory for the page of two models; it is the shipped model
+otherwise.
 """
 
 import base64
@@ -29,7 +29,6 @@ from cnxs_jax.demo import inputs
 from cnxs_jax.demo.guard import MAX_BODY, QUEUE
 from cnxs_jax.pipelines import images
 from eval.metrics.edges import edge_f1
-from tests import trained
 from tests.checks import record
 from tests.demo.client import ROOT, Server
 from tests.demo.test_draw import HOSTILE, RED, bomb, data, painting
@@ -63,10 +62,10 @@ def server(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """Teacher and student with a controller that follows lines."""
+    """Teacher and student with the shipped controller, which follows lines."""
     folder = tmp_path_factory.mktemp("pair")
     student = pathlib.Path(os.environ.get("CNXS_STUDENT", sample.DEFAULT_MODEL)).absolute()
-    made = Server(folder, f"--student={student}", f"--control={trained.controller(folder)}")
+    made = Server(folder, f"--student={student}", f"--control={sample.LINES}")
     yield made
     made.stop()
 
