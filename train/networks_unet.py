@@ -56,6 +56,11 @@ class Networks(NamedTuple):
         return self._replace(unet_params=None, vae_params=None, texts=texts)
 
 
+def key_of(config):
+    """The config's key of the pipeline: what is distilled is a teacher, what is controlled a base."""
+    return "config.teacher_path" if config.get("teacher_path") else "config.base_path"
+
+
 def load(config, path):
     """The networks of the pipeline directory `path`.
 
@@ -68,7 +73,7 @@ def load(config, path):
     root = pathlib.Path(path)
     if not (root / INDEX).is_file():
         fix = "give a diffusers directory, or train one: configs/sd.py"
-        raise ConfigError(f"no pipeline at {path!r}", "config.base_path", fix)
+        raise ConfigError(f"no pipeline at {path!r}", key_of(config), fix)
     dtype = jnp.dtype(config.get("dtype") or "float32")
     # float32 parameters whatever the network computes in: ControlNet starts as their copy
     unet, unet_params = read_model(root / "unet")
@@ -84,7 +89,7 @@ def zeros(config, path):
     `path` is a directory or the name of a published pipeline. Raises ConfigError for others.
     """
     dtype = jnp.dtype(config.get("dtype") or "float32")
-    found = modules(path)
+    found = modules(path, key_of(config))
 
     def filled(name, of=jnp.float32):
         module, shapes = found[name]
@@ -96,8 +101,11 @@ def zeros(config, path):
     return Networks(unet, unet_params, *filled("vae"), texts, zero_null=len(texts) > 1)
 
 
-def modules(path):
-    """`{component: (module, shapes)}` of a pipeline's directory, or of a published one by name."""
+def modules(path, where="path"):
+    """`{component: (module, shapes)}` of a pipeline's directory, or of a published one by name.
+
+    `where` is named in errors.
+    """
     from cnxs_jax.pipelines.load import abstract_model
 
     root = pathlib.Path(path)
@@ -108,7 +116,7 @@ def modules(path):
         hint = did_you_mean(root.name, PUBLISHED)
         fix = f"give a diffusers directory, or one of {', '.join(PUBLISHED)}"
         what = f"no pipeline at {path!r}, and none is published so.{hint}"
-        raise ConfigError(what, "config.base_path", fix)
+        raise ConfigError(what, where, fix)
     kind, found = PUBLISHED[root.name], {}
     for name in single_file.LAYOUTS[kind]:
         family = families.family_of({"_class_name": single_file.CLASSES[name]}, name)
@@ -162,23 +170,42 @@ def embed(nets, encoders, tokens):
     return {"text": jnp.concatenate(both, axis=-1), "pooled": outs[1]["pooled"]}
 
 
-def condition(nets, encoders, raw, empty, rate, key):
-    """The UNet's conditions of a raw batch, with a share `rate` of the captions dropped.
+def unconditional(nets, encoders, given, empty):
+    """What takes the place of the texts `given` [B, ...] without a caption; one row or B.
 
     Args:
-        empty: `input_ids` of the empty prompt.
+        empty: with `input_ids` of the empty prompt.
     """
-    given = embed(nets, encoders, raw)
-    zeros = jax.tree.map(jnp.zeros_like, given)
-    null = zeros if nets.zero_null else embed(nets, encoders, empty)
+    if nets.zero_null:
+        return jax.tree.map(jnp.zeros_like, given)
+    return embed(nets, encoders, empty)
+
+
+def micro(nets, raw):
+    """SDXL's `time_ids` [B,6] of a raw batch, from which nothing is cropped; else nothing."""
+    if not nets.unet.addition_embed_type:
+        return {}
     batch, height, width = raw["image"].shape[:3]
-    drop = jax.random.bernoulli(key, rate, (batch,))
+    sizes = jnp.array([[height, width, 0, 0, height, width]], jnp.float32)
+    return {"time_ids": jnp.repeat(sizes, batch, axis=0)}
+
+
+def condition(nets, encoders, raw, empty, rate, key):
+    """The UNet's conditions of a raw batch, with a share `rate` of the captions dropped."""
+    given = embed(nets, encoders, raw)
+    null = unconditional(nets, encoders, given, empty)
+    drop = jax.random.bernoulli(key, rate, (raw["image"].shape[0],))
 
     def pick(value, other):
         return jnp.where(drop.reshape(-1, *(1,) * (value.ndim - 1)), other, value)
 
     cond = {name: pick(value, null[name]) for name, value in given.items()}
-    if nets.unet.addition_embed_type:  # nothing is cropped away
-        sizes = jnp.array([[height, width, 0, 0, height, width]], jnp.float32)
-        cond["time_ids"] = jnp.repeat(sizes, batch, axis=0)
-    return cond
+    return {**cond, **micro(nets, raw)}
+
+
+def guided_condition(nets, encoders, raw, empty):
+    """The conditions of a raw batch with `null` beside them, for a guided teacher."""
+    given = embed(nets, encoders, raw)
+    null = unconditional(nets, encoders, given, empty)
+    null = {name: jnp.broadcast_to(null[name], value.shape) for name, value in given.items()}
+    return {**given, **micro(nets, raw), "null": null}

@@ -61,6 +61,13 @@ def draw(keys, x, draw_time):
     return jax.vmap(one)(example_keys(keys, x.shape[0]))
 
 
+def draw_omega(keys, batch_size, limits):
+    """Uniform omega [B] within `limits`, each from its example's key, apart from `draw`'s."""
+    keys = jax.vmap(lambda key: jax.random.fold_in(key, 2))(example_keys(keys, batch_size))
+    low, high = limits
+    return jax.vmap(lambda key: jax.random.uniform(key, (), jnp.float32, low, high))(keys)
+
+
 def repeated(tree, keys, times):
     """Every example of a batch `times` over, each with its own key."""
     if times == 1:
@@ -199,11 +206,13 @@ def consistency(
     teacher=lambda frozen: frozen["teacher"],
     prediction="epsilon",
     omega=4.5,
+    omega_range=None,
     num_ddim_steps=50,
     loss="pseudo_huber",
     huber_c=1e-3,
 ):
-    """Latent consistency distillation as PixArt-delta does it (arXiv 2401.05252, algorithm 1).
+    """Latent consistency distillation as PixArt-delta does it (arXiv 2401.05252, algorithm 1), or
+    with a guidance drawn for each example (LCM, arXiv 2310.04378, algorithm 1).
 
     Args:
         student_fn, teacher_fn: denoisers; the student may differ from the teacher (LoRA, guidance
@@ -212,6 +221,8 @@ def consistency(
         teacher: `frozen -> params of teacher_fn`.
         omega: the fixed guidance, z + (1 + omega) Psi(c) - omega Psi(null); `cond["null"]` holds
             the unconditional keys.
+        omega_range: (low, high) of a uniform omega an example instead. The student reads it as
+            `cond["guidance"]` if it has a guidance embedding; without one it learns their mean.
         num_ddim_steps: N; the skip is k = T / N.
         loss: "pseudo_huber" (sqrt(d^2 + huber_c^2) - huber_c) or "l2".
     """
@@ -224,9 +235,13 @@ def consistency(
         if "null" not in cond:
             raise ConfigError("distillation needs the unconditional keys", 'batch["cond"]["null"]')
         index, noise = draw(keys, x, Times(num_ddim_steps).draw)
+        weight = omega
+        if omega_range is not None:
+            weight = draw_omega(keys, x.shape[0], omega_range)
+            cond = {**cond, "guidance": weight}
         params_3 = (resolve(params, frozen), resolve(ema, frozen), teacher(frozen))
         predicted, target = lcd.lcd_pair(
-            student_fn, teacher_fn, schedule, params_3, x, noise, index, cond, grid, omega,
+            student_fn, teacher_fn, schedule, params_3, x, noise, index, cond, grid, weight,
             prediction,
         )  # fmt: skip
         mse = _mean(jnp.square(predicted - target))

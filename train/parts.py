@@ -229,11 +229,19 @@ def scheduler_config(config, class_name, **options):
 
 
 def outputs(
-    config, components, tokenizer, scheduler, options, resolve, family="PixArtAlphaPipeline"
+    config,
+    components,
+    tokenizer,
+    scheduler,
+    options,
+    resolve,
+    family="PixArtAlphaPipeline",
+    entries=None,
 ):
     """`(sample, export)` of a task whose result is a whole pipeline of this family.
 
-    `resolve` makes the network's parameters of the trained and the frozen ones.
+    `resolve` makes the network's parameters of the trained and the frozen ones; `entries` are those
+    of model_index.json that are no components.
     """
 
     def pipeline(ema, frozen, encoders):
@@ -243,7 +251,9 @@ def outputs(
         found = components(resolve(ema, frozen), encoders)
         parts = {k: Component(*v) for k, v in found.items()}
         null = encoders.get("null")
-        return FAMILIES[family](parts, tokenizer, scheduler, null_text=null)
+        return FAMILIES[family](
+            parts, tokenizer, scheduler, null_text=null, options=entries or {}
+        )  # fmt: skip
 
     captions = inputs.examples(config, 16)["caption"]
 
@@ -282,8 +292,11 @@ def export_beside(path, dit, resolve, scheduler):
     return export
 
 
-def student_of(config, teacher):
-    """`(trainable, frozen, resolve)` of a student: an adapter, or what is not frozen of a copy."""
+def student_of(config, teacher, start=None):
+    """`(trainable, frozen, resolve)` of a student: an adapter, or what is not frozen of a copy.
+
+    `start` are the parameters that a student with more of them than its teacher starts from.
+    """
     if config.get("lora"):
         options = config.lora
 
@@ -292,17 +305,21 @@ def student_of(config, teacher):
             return lora.init(teacher, targets, options.rank, key, options.get("alpha"))
 
         return fresh, {"teacher": teacher}, objectives.with_lora
-    trainable, rest = optimizer.freeze(teacher, tuple(config.get("freeze") or ()))
+    start = teacher if start is None else start
+    trainable, rest = optimizer.freeze(start, tuple(config.get("freeze") or ()))
     resolve = objectives.with_frozen if jax.tree.leaves(rest) else objectives.identity
     return trainable, {"teacher": teacher, "rest": rest}, resolve
 
 
-def with_adapter_file(export):
-    """`export` of the merged pipeline, with the adapter beside it as diffusers and PEFT read it."""
+def with_adapter_file(export, table=pixart.DIFFUSERS, prefix="transformer"):
+    """`export` of the merged pipeline, with the adapter beside it as diffusers and PEFT read it.
+
+    `table` and `prefix` are those of the network that it adapts (`convert.lora.save`).
+    """
 
     def both(ema, frozen, encoders, path):
         export(ema, frozen, encoders, path)
-        lora_files.save(ema, path / "lora" / "pytorch_lora_weights.safetensors", pixart.DIFFUSERS)
-        lora_files.save(ema, path / "lora" / "peft", pixart.DIFFUSERS)
+        for name in ("pytorch_lora_weights.safetensors", "peft"):
+            lora_files.save(ema, path / "lora" / name, table, prefix)
 
     return both
