@@ -45,6 +45,7 @@ TEST = [
     "efficientnet_lite_pytorch==0.1.0",
     "ftfy",
     "beautifulsoup4",
+    "h5py",
     "scikit-image",
 ]  # torch and what follows: the other side of the parity tests
 

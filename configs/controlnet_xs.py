@@ -20,7 +20,7 @@ Where this recipe differs, and why:
   - half of the captions become the empty prompt, as ControlNet trains (arXiv 2302.05543, section
     3.3), so that guidance works; the released data set has no captions at all. :tiny drops 10 %.
   - the hint is Canny, whose two thresholds are drawn for each picture; in :tiny the exact edges.
-    `data.hint`: canny (any pictures), lines, depth, segmentation (scenes only).
+    `data.hint`: canny, hed (any pictures), lines, depth, segmentation (scenes only).
   - the base gets no gradients; the released code computes them and throws them away.
   - :tiny learns at 1e-3: the published rates belong to other sizes and lengths.
 
@@ -95,6 +95,7 @@ def published():
     config.objective.prediction = "epsilon"
     config.data = common.any_data("image_folder")
     config.data.hint = "canny"
+    config.data.hint_path = config_dict.placeholder(str)  # HED's weights, if not the installed ones
     config.log_every = 50
     config.save_every = 1000
     config.sample_every = 1000

@@ -20,16 +20,21 @@ Where this recipe differs from the paper (P) or the released script (S), and why
     1024 px), as here.
   - S drops 10 % of the captions by accident (0.5 is configured and never passed on). Here 10 %,
     replaced by the empty prompt.
-  - The hint is the exact edge map of the embedded scenes instead of HED.
+  - :tiny's hint is the exact edge map of the embedded scenes; the published sizes have HED edges
+    (`detector = "hed"`) of any pictures, by the weights of an installed package or by those of
+    PixArt's ControlNetHED.pth (`detector_path`; see `cnxs_jax.control.hed`).
   - :tiny learns at 1e-3 with clipping at 1: the published values belong to another size.
 
 Run:
   python -m train --config=configs/pixart_control.py --workdir=runs/control
+  python -m train --config=configs/pixart_control.py:xl_512 --workdir=runs/control_512 \
+      --config.base_path=PixArt-XL-2-512x512 --config.detector_path=ControlNetHED.pth \
+      --config.data.source=image_folder --config.data.root=photos
 
 The result, the adapter in diffusers' layout, is `--workdir`/export/controlnet.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 from configs import common
 
@@ -58,6 +63,8 @@ def published():
     config.caption_dropout = 0.1
     config.guidance_scale = 4.5
     config.control = ConfigDict({"num_layers": 13, "order": "released"})
+    config.detector = config_dict.placeholder(str)  # "hed": edges of any picture
+    config.detector_path = config_dict.placeholder(str)  # its weights, if not the installed ones
     config.optimizer = common.adamw(
         learning_rate=2e-5, schedule="constant", warmup_steps=100, eps=1e-10, weight_decay=0.03,
         clip_norm=0.01,
@@ -100,4 +107,5 @@ def xl(variant):
     config = published()
     config.base_path = common.PIXART[variant]
     config.batch_size = BATCH_SIZES[variant]
+    config.detector = "hed"
     return common.large(config, common.PIXART_SIZES[variant], max_length=120)

@@ -86,7 +86,7 @@ def records(config, recipe, nets, tokenizer, source, shard, batch_size, dtype):
 
     from train import features
 
-    encoders = {"vae": nets.vae_params, "text_encoder": nets.text_params}
+    encoders = features.encoders_of(nets, {})
     extract = jax.jit(lambda encoders, raw: features.extract(nets, encoders, raw, recipe.hint))
     shapes = shapes_of(source, config)
     numbers = range(shard.index, len(source), shard.count)

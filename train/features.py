@@ -15,13 +15,13 @@ def extract(networks, encoders, raw, hint=None):
     text = t5_text(networks.text, encoders["text_encoder"], raw)
     found = {**moments(networks, encoders, raw["image"]), **text}
     if hint is not None:
-        control = moments(networks, encoders, hint(raw))
+        control = moments(networks, encoders, hint(networks, encoders, raw))
         found |= {f"hint_{name}": value for name, value in control.items()}
     return {**found, **picture_sizes(raw)}
 
 
 def moments(networks, encoders, image):
-    """{"mean", "logvar"} of the VAE's posterior of uint8 pictures."""
+    """{"mean", "logvar"} of the VAE's posterior of pictures in 0..255."""
     params = {"params": encoders["vae"]}
     mean, logvar = networks.vae.apply(params, to_signed(image), method="encode")
     return {"mean": mean, "logvar": logvar}
@@ -42,6 +42,8 @@ def encoders_of(networks, empty):
     found = {} if networks.null is None else {"null": networks.null}
     if networks.text_params is None:
         return {**found, "empty": empty}
+    if networks.detector is not None:
+        found["detector"] = networks.detector_params
     return {**found, "vae": networks.vae_params, "text_encoder": networks.text_params}
 
 

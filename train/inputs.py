@@ -28,17 +28,19 @@ KEYS = {
 }
 
 
-HINT = {"hint": validate.choice(*hints.HINTS)}  # of tasks that show a control picture
+# Of tasks that show a control picture; `hint_path` are the weights of a hint that has some.
+HINT = {"hint": validate.choice(*hints.HINTS), "hint_path": validate.Optional(validate.text)}
 
 
 class Hinted:
     """A source whose examples have a control picture beside the image: `hint` uint8 [H,W,3].
 
-    Canny's thresholds are drawn for each example, from its index: the same in every epoch.
+    Canny's thresholds are drawn for each example, from its index: the same in every epoch. HED's
+    weights are those of `path`.
     """
 
-    def __init__(self, source, name, seed):
-        self.source, self.name, self.seed = source, name, seed
+    def __init__(self, source, name, seed, path=None):
+        self.source, self.name, self.seed, self.path = source, name, seed, path
 
     def __len__(self):
         return len(self.source)
@@ -55,6 +57,8 @@ class Hinted:
         options = {}
         if self.name == "canny":
             options["rng"] = np.random.default_rng([self.seed, int(index)])
+        if self.name == "hed":
+            options["path"] = self.path
         picture = hint.draw(given[None], **options)[0]
         return {**example, "hint": np.round(255 * picture).astype(np.uint8)}
 
@@ -81,7 +85,7 @@ def open_source(config, seed=None, truth=False):
         **options,
     )
     if hint is not None:
-        source = Hinted(source, hint, seed)
+        source = Hinted(source, hint, seed, data.get("hint_path"))
     number = data.get("num_examples")
     return source if number in (None, len(source)) else pipeline.First(source, number)
 

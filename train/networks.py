@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from cnxs_jax.control import hed
 from cnxs_jax.data.features import FeatureSource, read_empty, weights_hash
 from cnxs_jax.errors import ConfigError, did_you_mean
 from cnxs_jax.models.dit import PixArt
@@ -31,7 +32,10 @@ PUBLISHED = {
 
 
 class Networks(NamedTuple):
-    """Modules and parameters; `vae_params` and `text_params` are None on cached features."""
+    """Modules and parameters; those of the encoders are None on cached features.
+
+    `detector` draws the control pictures of a task that asks for one (`config.detector`).
+    """
 
     dit: Any
     dit_params: Any
@@ -40,6 +44,14 @@ class Networks(NamedTuple):
     text: Any
     text_params: Any
     null: Any = None
+    detector: Any = None
+    detector_params: Any = None
+
+    @property
+    def bare(self):
+        """The same without parameters, for functions that get those as an argument."""
+        names = ("dit_params", "vae_params", "text_params", "null", "detector_params")
+        return self._replace(**dict.fromkeys(names))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +62,7 @@ class Recipe:
         path: the config's key of the pipeline's directory.
         build: `(config, networks, empty) -> (Task, more)`: the step, without data and results.
         arrays: the arrays of an example that it reads.
-        hint: `raw -> uint8 picture [B,H,W,3]` of the control picture, or None.
+        hint: `(networks, encoders, raw) -> control picture [B,H,W,3] in 0..255`, or None.
         zeros: `(config, path) -> networks` of zeros, for the planner; PixArt's unless given.
         cacheable: whether `train.cache` can store what its encoders make.
     """
@@ -85,7 +97,9 @@ def load_encoders(config, path):
 
     dtype = jnp.dtype(config.get("dtype") or "float32")
     text = read_model(f"{path}/text_encoder", dtype=dtype)
-    return Networks(None, None, *read_model(f"{path}/vae"), *text)
+    detector = hed.load(config.get("detector_path")) if config.get("detector") else (None, None)
+    nets = Networks(None, None, *read_model(f"{path}/vae"), *text)
+    return nets._replace(detector=detector[0], detector_params=detector[1])
 
 
 def null_caption(config, path):
@@ -121,6 +135,8 @@ def modules(config, path):
         found = {n: (m, families.shapes(m)) for n, m in zip(names, made, strict=True)}
     dit, text = found["transformer"], found["text_encoder"]
     found["transformer"] = dit[0].clone(dtype=dtype, remat=config.get("remat")), dit[1]
+    if config.get("detector"):
+        found["detector"] = hed.shapes()
     halved = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), text[1])
     return found | {"text_encoder": (text[0].clone(dtype=dtype), halved)}
 
@@ -136,7 +152,10 @@ def zeros(config, path):
     null = None
     if config.get("null") == "learned":
         null = jnp.zeros((inputs.max_length(config), found["text_encoder"][0].d_model))
-    return Networks(*filled("transformer"), *filled("vae"), *filled("text_encoder"), null)
+    drawn = filled("detector") if "detector" in found else (None, None)
+    return Networks(
+        *filled("transformer"), *filled("vae"), *filled("text_encoder"), null, *drawn
+    )  # fmt: skip
 
 
 def encoder_hashes(path):
@@ -146,9 +165,11 @@ def encoder_hashes(path):
 
 def cache_settings(config, path, hint):
     """What a cache of `config`'s features must have been made with."""
-    data = config.data
+    data, hashes = config.data, encoder_hashes(path)
+    if config.get("detector"):
+        hashes["detector"] = hed.weights_hash(config.get("detector_path"))
     return {
-        "encoders": encoder_hashes(path),
+        "encoders": hashes,
         "dtype": config.get("dtype") or "float32",
         "size": data.size,
         "max_length": inputs.max_length(config),
@@ -205,10 +226,14 @@ def opened(config, recipe):
 
 
 def recipe_of(config):
-    """The `Recipe` of the task that a config names. Raises ConfigError where it has none."""
+    """The `Recipe` of the task that a config names. Raises ConfigError where it has none.
+
+    A task whose recipe depends on the config lists a function of it.
+    """
     module, _, function = config.task.partition(":")
     recipes = getattr(importlib.import_module(module), "RECIPES", {})
     if function not in recipes:
         what = f"the task {config.task!r} is not built on a pipeline's frozen encoders"
         raise ConfigError(what, "config.task", "e.g. configs/pixart_lcm.py has such a task")
-    return recipes[function]
+    found = recipes[function]
+    return found if isinstance(found, Recipe) else found(config)

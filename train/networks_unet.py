@@ -57,7 +57,7 @@ class Networks(NamedTuple):
 
 
 def key_of(config):
-    """The config's key of the pipeline: what is distilled is a teacher, what is controlled a base."""
+    """The config's key of the pipeline: of a teacher that is distilled, or of a controlled base."""
     return "config.teacher_path" if config.get("teacher_path") else "config.base_path"
 
 

@@ -1,7 +1,8 @@
 """The task `controller`: a ControlNet-Transformer on a frozen PixArt pipeline.
 
-The control image is the scene's edge map, encoded by the pipeline's VAE as PixArt-delta encodes
-its HED maps (arXiv 2401.05252, section 4). Only the adapter is trained, saved and exported.
+The control image is the scene's edge map or, with `detector = "hed"`, HED edges of any picture as
+in PixArt-delta (arXiv 2401.05252, section 4), encoded by the pipeline's VAE. Only the adapter is
+trained, saved and exported.
 """
 
 import jax
@@ -9,9 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from cnxs_jax import control
+from cnxs_jax.control import hed
 from cnxs_jax.control.controlnet_transformer import ControlNetTransformer, from_base
-from cnxs_jax.control.hints import line_art
+from cnxs_jax.control.hints import line_art, three_channels
+from cnxs_jax.data.pipeline import WORLDS
 from cnxs_jax.diffusion import guidance, sampling, solvers
+from cnxs_jax.errors import ConfigError
 from train import features, inputs, networks, objectives, validate
 from train.loop import Task
 from train.parts import REMAT, SCHEDULE, from_signed, noise_schedule, scheduler_config, tiles
@@ -27,14 +31,27 @@ KEYS = {
             "num_layers": validate.integer(1),
             "order": validate.Optional(validate.choice("released", "paper", "unet")),
         },
+        "detector": validate.Optional(validate.choice("hed")),
+        "detector_path": validate.Optional(validate.text),
         "caption_dropout": validate.number(0, 1),
         "guidance_scale": validate.Optional(validate.number(0)),
         "schedule": SCHEDULE,
         "objective": DENOISE,
     }
 }
-CONFLICTS = {"controller": check_range}
-ARRAYS = ("image", "edges")
+
+
+def check(values, where):
+    check_range(values, where)
+    source = values["data"]["source"]
+    if not values.get("detector") and source not in (*WORLDS, "features"):
+        what = f"{source} has no exact edges, which only the scenes know"
+        raise ConfigError(what, f"{where}.detector", 'set it to "hed"')
+    if values.get("detector_path") and not values.get("detector"):
+        raise ConfigError("weights of no detector", f"{where}.detector_path", "leave it out")
+
+
+CONFLICTS = {"controller": check}
 
 
 def edge_image(edges):
@@ -42,18 +59,21 @@ def edge_image(edges):
     return (255 * line_art(edges)).astype(jnp.uint8)
 
 
-def hint_picture(raw):
-    """The control picture of a raw batch."""
-    return edge_image(raw["edges"])
+def hint_picture(networks, encoders, raw):
+    """The control picture [B,H,W,3] in 0..255 of a raw batch."""
+    if networks.detector is None:
+        return edge_image(raw["edges"])
+    edges = hed.detect(networks.detector, encoders["detector"], raw["image"])
+    return 255.0 * three_channels(edges)
 
 
 def controller(config):
     """Trains the copied blocks of a ControlNet-Transformer on the pipeline at `base_path`."""
-    found = networks.opened(config, RECIPES["controller"])
+    found = networks.opened(config, recipe(config))
     task, module = controlled(config, found.networks, found.empty)
     sample = None
     if not found.cached:
-        sample = sampler(config, module, found.networks.vae, task.encode, found.tokenizer)
+        sample = sampler(config, module, found.networks, task.encode, found.tokenizer)
 
     def export(ema, frozen, encoders, path):
         from cnxs_jax.pipelines.load import save_model
@@ -91,13 +111,21 @@ def controlled(config, nets, empty):
     return Task(objective, fresh, None, encode, encoders, {"base": base}), module
 
 
-RECIPES = {"controller": networks.Recipe("base_path", controlled, ARRAYS, hint_picture)}
+def recipe(config):
+    """The `Recipe`: a detector draws the control picture of the picture alone."""
+    arrays = ("image",) if config.get("detector") else ("image", "edges")
+    return networks.Recipe("base_path", controlled, arrays, hint_picture)
 
 
-def sampler(config, module, vae, encode, tokenizer):
+RECIPES = {"controller": recipe}
+
+
+def sampler(config, module, nets, encode, tokenizer):
     """`sample(ema, frozen, encoders)`: edge maps above the pictures that were drawn with them."""
-    shown = inputs.examples(config, 16, ARRAYS)
-    raw = {key: shown[key] for key in ARRAYS} | inputs.tokens(config, tokenizer, shown["caption"])
+    arrays, vae = recipe(config).arrays, nets.vae
+    nets = nets.bare  # no weights in the function below
+    shown = inputs.examples(config, 16, arrays)
+    raw = {key: shown[key] for key in arrays} | inputs.tokens(config, tokenizer, shown["caption"])
     empty = inputs.tokens(config, tokenizer, [""] * 16)
     table = solvers.from_config(scheduler_config(config, "DPMSolverMultistepScheduler"), 20)
     scale = config.get("guidance_scale", 4.5)
@@ -113,12 +141,13 @@ def sampler(config, module, vae, encode, tokenizer):
         start = jax.random.normal(jax.random.key(1), batch["x"].shape)
         z = sampling.sample(guidance.cfg(sampling.denoiser(module)), params, start, cond, table)
         z = z / vae.scaling_factor + (vae.shift_factor or 0.0)
-        return vae.apply({"params": encoders["vae"]}, z, method="decode")
+        pictures = vae.apply({"params": encoders["vae"]}, z, method="decode")
+        return pictures, hint_picture(nets, encoders, raw)
 
     def sample(ema, frozen, encoders):
         params = objectives.controlled(ema, frozen)
-        pictures = from_signed(draw(params, encoders, raw, empty))
-        hints = np.asarray(edge_image(jnp.asarray(raw["edges"]))) / 255.0
+        pictures, hints = draw(params, encoders, raw, empty)
+        pictures, hints = from_signed(pictures), np.asarray(hints) / 255.0
         return tiles(np.concatenate([hints[:8], pictures[:8], hints[8:], pictures[8:]]))
 
     return sample

@@ -14,7 +14,7 @@ import numpy as np
 
 from cnxs_jax import control
 from cnxs_jax import tree as trees
-from cnxs_jax.control import controlnet, controlnet_xs
+from cnxs_jax.control import controlnet, controlnet_xs, hints
 from cnxs_jax.control.controlled_unet import COMPAT
 from cnxs_jax.control.xs_sizes import INFUSIONS, TYPES
 from cnxs_jax.convert import families
@@ -106,9 +106,9 @@ def check_controller(values, where):
         raise ConfigError("the whole base is frozen as it is", f"{where}.freeze", "leave it out")
     data, own = values["data"], values["control"]
     check_pictures(data, f"{where}.data")
-    if data["hint"] != "canny" and data["source"] not in WORLDS:
+    if hints.named(data["hint"]).source != "image" and data["source"] not in WORLDS:
         what = f"{data['source']} has no exact {data['hint']}, which only the scenes know"
-        raise ConfigError(what, f"{where}.data.hint", 'set it to "canny"')
+        raise ConfigError(what, f"{where}.data.hint", 'set it to "canny" or "hed"')
     sizes = [name for name in ("size_ratio", "block_out_channels") if own.get(name)]
     if own["kind"] == "controlnet_xs" and len(sizes) != 1:
         raise ConfigError(

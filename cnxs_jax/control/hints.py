@@ -2,14 +2,15 @@
 
 Every hint is a function `hint(arrays [B,H,W,...]) -> float32 [B,H,W,3] in [0, 1]` of numpy arrays,
 three equal channels except for segmentation. `HINTS` says by name which key of a raw example it
-reads: `canny` reads pictures; the others read the exact truth of a scene, so that control can be
-measured against what is known.
+reads: `canny` and `hed` read pictures; the others read the exact truth of a scene, so that control
+can be measured against what is known.
 """
 
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from cnxs_jax.control import hed as detector
 from cnxs_jax.errors import ConfigError, did_you_mean
 
 # Training draws both thresholds from these ranges for each picture (ControlNet-XS's Canny models).
@@ -40,7 +41,7 @@ class Hint(NamedTuple):
 
 def line_art(edges):
     """Edge maps [B,H,W], bool or 0/1 -> white lines on black. Also of traced arrays."""
-    return _three_channels((edges > 0).astype(np.float32))
+    return three_channels((edges > 0).astype(np.float32))
 
 
 def depth(ranks):
@@ -48,7 +49,7 @@ def depth(ranks):
 
     Also of traced arrays.
     """
-    return _three_channels(ranks.astype(np.float32) / np.float32(NEAREST))
+    return three_channels(ranks.astype(np.float32) / np.float32(NEAREST))
 
 
 def segmentation(labels):
@@ -64,6 +65,18 @@ def label_map(masks):
     """uint8 [H,W] of a scene's masks, bool [n,H,W]: 1 + the visible object, 0 = background."""
     numbers = np.arange(1, len(masks) + 1, dtype=np.uint8)
     return (np.asarray(masks, np.uint8) * numbers[:, None, None]).max(0, initial=0)
+
+
+def hed(images, path=None):
+    """HED edges (Xie & Tu 2015) of uint8 pictures [B,H,W,3], soft, white on black.
+
+    Args:
+        path: the detector's weights; those of an installed package unless given
+            (`cnxs_jax.control.hed`).
+
+    Raises ConfigError and CheckpointError as `control.hed.edges` does.
+    """
+    return three_channels(detector.edges(images, path))
 
 
 def canny(images, low=100, high=200, rng=None):
@@ -147,13 +160,14 @@ def _connected(weak, strong):
     return kept
 
 
-def _three_channels(values_BxHxW):
+def three_channels(values_BxHxW):
     """[B,H,W] -> [B,H,W,3], of numpy and of traced arrays alike."""
     return values_BxHxW[..., None] * np.ones((1, 1, 1, 3), np.float32)
 
 
 HINTS = {
     "canny": Hint("image", canny),
+    "hed": Hint("image", hed),
     "lines": Hint("edges", line_art),
     "depth": Hint("depth", depth),
     "segmentation": Hint("labels", segmentation),

@@ -228,10 +228,10 @@ def test_bad_configs_are_named(changes, message):
 
 
 def test_what_does_not_fit_the_teacher_is_named(teacher, tmp_path):
+    config = with_adapter(config_of(teacher))
+    config.objective.omega, config.objective.omega_range = None, (1.0, 2.0)
+    config.guidance_embedding = 8
     with pytest.raises(ConfigError, match="give lora or guidance_embedding"):
-        config = with_adapter(config_of(teacher))
-        config.objective.omega, config.objective.omega_range = None, (1.0, 2.0)
-        config.guidance_embedding = 8
         validate.check(config)
     with pytest.raises(ConfigError, match="no pipeline at 'nowhere'.*config.teacher_path"):
         loop.build_task(config_of("nowhere"))
