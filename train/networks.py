@@ -136,7 +136,7 @@ def modules(config, path):
     dit, text = found["transformer"], found["text_encoder"]
     found["transformer"] = dit[0].clone(dtype=dtype, remat=config.get("remat")), dit[1]
     if config.get("detector"):
-        found["detector"] = hed.shapes()
+        found["detector"] = hed.shapes(fused=True)
     halved = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), text[1])
     return found | {"text_encoder": (text[0].clone(dtype=dtype), halved)}
 

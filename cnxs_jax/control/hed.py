@@ -75,15 +75,18 @@ def load(path=None):
     return from_torch(files.read_tensors(path), str(path))
 
 
-def shapes(fused=True):
-    """`(module, shapes of its parameters)` without weights."""
-    module, example = HED(fused), jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
+def shapes(**fields):
+    """`(module, shapes of its parameters)` without weights; `fields` are `HED`'s."""
+    module, example = HED(**fields), jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
     return module, jax.eval_shape(module.init, jax.random.key(0), example)["params"]
 
 
 def from_torch(tensors, where="weights"):
-    """`(module, params)` of the tensors {key: array} of PixArt's file."""
-    module, target = shapes(fused=False)
+    """`(module, params)` of the tensors {key: array} of PixArt's file, whose widths they have."""
+    first = [tensors.get(f"block{i}.convs.0.weight") for i in range(1, len(STAGES) + 1)]
+    if any(kernel is None or kernel.ndim != 4 for kernel in first):
+        raise CheckpointError("no HED weights", where, INSTALL)
+    module, target = shapes(widths=tuple(kernel.shape[0] for kernel in first))
     return module, rules.to_params(tensors, target, None, where)
 
 
@@ -92,7 +95,7 @@ def from_keras(arrays, where="weights"):
 
     The first kernel's inputs and the mean are turned round: our pictures are RGB.
     """
-    module, target = shapes()
+    module, target = shapes(fused=True)
     found, missing = {}, []
 
     def take(path, name):

@@ -19,8 +19,8 @@ from cnxs_jax.control.paint import word_condition
 from cnxs_jax.diffusion import guidance, sampling, solvers
 from cnxs_jax.errors import ConfigError
 from cnxs_jax.models import tiling
+from cnxs_jax.pipelines import adapters, diffusers_layout, offload
 from cnxs_jax.pipelines import control as controls
-from cnxs_jax.pipelines import diffusers_layout, offload
 from cnxs_jax.pipelines import images as pictures
 from cnxs_jax.pipelines import request as requests
 from cnxs_jax.pipelines.interface import CONTROL, Component, Result, TextToImage, request_of
@@ -85,6 +85,7 @@ class Pipeline(TextToImage):
         options: entries of model_index.json that are no components.
         offload: None, or "model" or "sequential": the networks lie on the host (`offload`).
         vae_tile: latents a side that the autoencoder decodes at once, or None for all.
+        plain: where adapters are merged into the denoiser, its parameters without them.
     """
 
     components: dict[str, Component]
@@ -96,6 +97,7 @@ class Pipeline(TextToImage):
     options: dict = dataclasses.field(default_factory=dict)
     offload: str | None = None
     vae_tile: int | None = None
+    plain: Any = None
 
     classes: ClassVar[dict]  # {directory: (library, class)} of model_index.json
     networks: ClassVar[tuple]  # the directories that hold networks
@@ -162,10 +164,10 @@ class Pipeline(TextToImage):
 
         Args:
             scheduler: as in `load_pipeline`.
-            control: as in `load_pipeline`; an empty list takes the controllers off.
-            lora, experts: parts that this family cannot take yet raise ConfigError.
+            control, lora: as in `load_pipeline`; an empty list takes them off.
+            experts: a part that this family cannot take raises ConfigError.
         """
-        requests.refuse_parts(self.class_name, lora=lora, experts=experts)
+        requests.refuse_parts(self.class_name, experts=experts)
         config = self.scheduler if scheduler is None else override(self.scheduler, scheduler)
         solvers.from_config(config, 1)  # an unusable scheduler is found now, not at the first call
         controllers = self.controllers
@@ -173,13 +175,26 @@ class Pipeline(TextToImage):
             dtype = self.components[self.denoiser].module.dtype
             controllers = controls.open_controllers(control, dtype, mesh=self.mesh)
         changed = dataclasses.replace(self, scheduler=config, controllers=controllers)
+        changed = changed if lora is None else changed.adapted(lora)
         changed.check()
         return changed
 
+    def adapted(self, given):
+        """The same with these LoRA adapters, and no others, merged into the denoiser."""
+        module, params = self.components[self.denoiser]
+        plain = params if self.plain is None else self.plain
+        trees, scales = adapters.open_adapters(given, plain, self.denoiser)
+        merged = adapters.merged(plain, trees, scales) if trees else plain
+        components = {**self.components, self.denoiser: Component(module, merged)}
+        return dataclasses.replace(self, components=components, plain=plain if trees else None)
+
     @classmethod
-    def read(cls, directory, dtype, compat=None, **parts):
+    def read(cls, directory, dtype, compat=None, lora=None, **parts):
         """The pipeline in a diffusers directory."""
+        if lora is not None:
+            adapters.check(lora)
         pipe = cls(*diffusers_layout.read(cls, directory, dtype, compat, **parts))
+        pipe = pipe if lora is None else pipe.adapted(lora)
         pipe.check()
         return pipe
 

@@ -49,7 +49,9 @@ def load_pipeline(
         path: directory with `model_index.json`, or "owner/name".
         control: a controller instead of the stored one: the directory or file of an adapter, a pair
             (module, params), a `pipelines.control.Controller`, or a list of these.
-        lora, experts: parts for families that take them.
+        lora: adapters that are merged into the denoiser: a LoRA file or PEFT directory, an adapter
+            tree (`cnxs_jax.lora`), a pair of one of these and a factor, or a list of them.
+        experts: a part for families that take it.
         scheduler: "ddim", "ddpm", "euler", "dpmpp", "deis", "lcm" or a diffusers scheduler config
             dict, instead of the stored one; the model's noise schedule stays.
         dtype: "float32" (default) or "bfloat16", of the denoiser's and the text encoder's

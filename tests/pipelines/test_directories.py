@@ -182,7 +182,7 @@ def test_null_caption_of_another_width(made, tmp_path):
         ({"dtype": "bf16"}, "dtype"),
         ({"scheduler": "dpmp"}, "scheduler"),
         ({"control": 3}, "control"),
-        ({"lora": "x"}, "lora"),
+        ({"lora": 3}, "lora"),
         ({"experts": []}, "experts"),
     ],
 )

@@ -11,6 +11,7 @@ from PIL import Image
 import cnxs_jax
 from cnxs_jax.data import features, image_folder, pipeline
 from cnxs_jax.errors import ConfigError, DataError
+from tests.control import detector
 from tests.pipelines import tiny
 from tests.train.test_control_tasks import control_config, lora_config
 from train import cache, log, loop, optimizer
@@ -45,6 +46,14 @@ def distill_config(base, photos):
     return config
 
 
+def hed_config(base, photos):
+    """A controller on HED edges of photographs, with a random detector."""
+    config = control_config(base)
+    config.detector, config.detector_path = "hed", str(detector.write(photos.parent / "hed"))
+    config.data.update(source="image_folder", root=str(photos))
+    return config
+
+
 def cached(config, root):
     """The same run on the features in `root`."""
     config = config.copy_and_resolve_references()
@@ -75,23 +84,24 @@ def losses(config, updates=False, steps=3):
 @pytest.mark.parametrize(
     ("kind", "updates"),
     [
-        ("distill", False),
-        pytest.param("controller", False, marks=pytest.mark.slow),
-        pytest.param("distill", True, marks=pytest.mark.slow),
+        ("distill", True),
+        ("hed", False),
         pytest.param("controller", True, marks=pytest.mark.slow),
+        pytest.param("hed", True, marks=pytest.mark.slow),
     ],
 )
 def test_losses_on_cached_features_are_those_on_the_fly(base, photos, tmp_path, kind, updates):
-    config = distill_config(base, photos)
+    config = {"distill": distill_config, "hed": hed_config}.get(kind, control_config)(
+        *(base,) if kind == "controller" else (base, photos)
+    )
     if kind == "controller":
-        config = control_config(base)
         config.data.num_examples = 12
     expected = losses(config, updates)
     assert np.unique(expected).size == 3
     for dtype, bound in (("float32", 1e-5), ("bfloat16", 1e-2)):
         root = tmp_path / dtype
         number = cache.write(config, root, features.Shard(0, 1), dtype, 4)
-        assert number == (10 if kind == "distill" else 12)
+        assert number == (12 if kind == "controller" else 10)
         found = losses(cached(config, root), updates)
         difference = np.abs(found / expected - 1).max()
         assert difference <= bound
@@ -164,6 +174,18 @@ def test_stale_features_are_refused(stored, tmp_path):
     with pytest.raises(DataError, match="features of other settings .*encoders.vae"):
         cache.write(again, root, features.Shard(0, 3))
     assert cache.write(config, root, features.Shard(0, 3)) == 0  # written before
+
+
+def test_features_of_another_detector_are_refused(base, photos, tmp_path):
+    config = hed_config(base, photos)
+    cache.write(config, tmp_path / "cache", features.Shard(0, 1))
+    changed = cached(config, tmp_path / "cache")
+    changed.detector_path = str(detector.write(tmp_path / "other", seed=1))
+    with pytest.raises(DataError, match="stale: encoders.detector: cached .*now"):
+        loop.build_task(changed)
+    changed.detector = changed.detector_path = None
+    with pytest.raises(DataError, match="stale: encoders.detector"):
+        loop.build_task(changed)
 
 
 def test_incomplete_and_mixed_caches_are_refused(stored, tmp_path):

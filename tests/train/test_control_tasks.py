@@ -8,12 +8,14 @@ from ml_collections import ConfigDict
 
 import cnxs_jax
 from cnxs_jax import lora
+from cnxs_jax.control import hed
 from cnxs_jax.convert import lora as lora_files
 from cnxs_jax.convert import pixart
 from cnxs_jax.diffusion import sampling, schedule
 from cnxs_jax.errors import ConfigError
+from tests.control import detector
 from tests.pipelines import tiny
-from train import log, loop, objectives, validate
+from train import abstract, features, log, loop, objectives, validate
 
 pytestmark = pytest.mark.filterwarnings("ignore:caption has")
 
@@ -106,6 +108,48 @@ def test_the_picture_of_a_controller_shows_its_edges(base):
     assert picture.shape == (4 * tiny.SIDE, 8 * tiny.SIDE, 3)
     hints = picture.reshape(4, tiny.SIDE, -1)[::2]
     assert set(np.unique(hints)) == {0, 255}
+
+
+def test_the_hint_of_a_detector_is_encoded(base, tmp_path):
+    """HED edges of the batch's pictures, in [-1, 1], through the pipeline's VAE."""
+    config = control_config(base)
+    config.detector, config.detector_path = "hed", str(detector.write(tmp_path))
+    validate.check(config)
+    task = loop.build_task(config)
+    raw = {k: v for k, v in next(task.loader).items() if loop.is_numeric(v)}
+    assert "edges" not in raw
+    key = jax.random.key(1)
+    hint = jax.jit(task.encode)(task.encoders, raw, key)["cond"]["hint"]
+    vae, params = cnxs_jax.load_model(base, "vae")
+    shown = np.stack([hed.edges(raw["image"], config.detector_path)] * 3, axis=-1)
+    run = jax.jit(lambda params, x: vae.apply({"params": params}, x, method="encode"))
+    mean, logvar = run(params, 2.0 * shown - 1.0)
+    moments = {"hint_mean": mean, "hint_logvar": logvar}
+    nets = abstract.networks.Networks(None, None, vae, None, None, None)
+    expected = features.latents(nets, moments, jax.random.split(key, 3)[2], "hint_")
+    np.testing.assert_allclose(hint, expected, atol=1e-5)
+
+
+def test_a_detector_is_planned_without_its_weights(base, monkeypatch):
+    monkeypatch.setattr(hed, "packaged", lambda: None)
+    config = control_config(base)
+    config.detector = "hed"
+    _, _, shapes = abstract.built(config)
+    assert shapes["batch"]["cond"]["hint"].shape == shapes["batch"]["x"].shape
+    assert shapes["encoders"]["detector"]["fuse"]["kernel"].shape == (1, 1, 5, 1)
+
+
+def test_photographs_need_a_detector(base):
+    config = control_config(base)
+    config.data.update(source="image_folder", root="photos")
+    with pytest.raises(ConfigError, match='(?s)no exact edges.*set it to "hed"'):
+        validate.check(config)
+    config.detector = "hed"
+    validate.check(config)
+    config.detector, config.detector_path = None, "x.pth"
+    config.data.source = "shapes"
+    with pytest.raises(ConfigError, match="weights of no detector"):
+        validate.check(config)
 
 
 def test_a_lora_student_is_its_teacher_and_the_exported_adapter(base, tmp_path):

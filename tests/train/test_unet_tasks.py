@@ -21,6 +21,7 @@ from cnxs_jax.convert import controlnet_xs as layouts
 from cnxs_jax.diffusion import sampling
 from cnxs_jax.errors import ConfigError
 from cnxs_jax.pipelines import request as requests
+from tests.control import detector
 from tests.pipelines import tiny_sd
 from train import abstract, inputs, log, loop, networks_unet, objectives, tasks_unet, validate
 from train.parts import noise_schedule
@@ -199,19 +200,20 @@ def request_of():
 # --- control pictures -------------------------------------------------------------------------
 
 
-def hinted(name, size=32):
+def hinted(name, size=32, path=None):
     config = configs.controlnet_xs.get_config("tiny")
-    config.data.update({"source": "shapes", "size": size, "hint": name})
+    config.data.update({"source": "shapes", "size": size, "hint": name, "hint_path": path})
     return inputs.open_source(config)
 
 
 @pytest.mark.parametrize("name", hints.HINTS)
-def test_hints_are_pictures_in_the_range_of_bytes(name):
-    source = hinted(name)
+def test_hints_are_pictures_in_the_range_of_bytes(name, tmp_path):
+    source = hinted(name, path=str(detector.write(tmp_path)) if name == "hed" else None)
     example = source[3]
     assert example["hint"].dtype == np.uint8
     assert example["hint"].shape == (32, 32, 3)
     assert example["hint"].max() > 100
+    assert example["hint"].std() > 5
     np.testing.assert_array_equal(source[3]["hint"], example["hint"])  # again the same
     if name == "lines":
         np.testing.assert_array_equal(example["hint"][..., 0] == 255, example["edges"])
