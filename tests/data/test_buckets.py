@@ -3,6 +3,8 @@
 import collections
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -82,6 +84,59 @@ def test_resume_is_exact(folder):
     again = loader(folder)
     again.set_state(state)
     assert [next(again)["caption"] for _ in range(25)] == expected
+
+
+@pytest.fixture(scope="module")
+def forty(tmp_path_factory):
+    """Three pictures in each of the 40 shapes, an eighth of its size; noise: no two agree."""
+    path, rng = tmp_path_factory.mktemp("forty"), np.random.default_rng(0)
+    for n, (height, width) in enumerate(list(buckets.table(256).values()) * 3):
+        pixels = rng.integers(0, 256, (height // 8, width // 8, 3), np.uint8)
+        Image.fromarray(pixels).save(path / f"{n:03}.png")
+        (path / f"{n:03}.txt").write_text(str(n))
+    return path
+
+
+def test_forty_shapes_are_compiled_once_and_no_picture_is_lost(forty):
+    """Pairs of three: one of each shape waits for the next epoch. Then nothing is new."""
+    stream, seen, traced = loader(forty, batch_size=2), collections.Counter(), []
+
+    @jax.jit
+    def step(image, aspect):
+        traced.append(image.shape)
+        return image.astype(jnp.float32).mean() * aspect.mean()
+
+    while stream.epoch < 2:  # a first pass meets every shape
+        batch = next(stream)
+        step(batch["image"], batch["aspect"])
+        seen.update(int(c) for c in batch["caption"])
+    shapes = {shape[1:3] for shape in traced}
+    assert shapes == set(buckets.table(256).values())
+    assert len(traced) == step._cache_size() == 40
+    while stream.epoch < 6:
+        batch = next(stream)
+        step(batch["image"], batch["aspect"])
+        seen.update(int(c) for c in batch["caption"])
+    assert len(traced) == step._cache_size() == 40
+    waiting = collections.Counter(i for queue in stream.waiting.values() for i in queue)
+    drawn = {int(i) for i in stream.order[: stream.position]}
+    assert all(seen[n] + waiting[n] == 6 + (n in drawn) for n in range(120))
+
+
+def test_resume_amid_forty_shapes_is_exact(forty):
+    """Pictures to the bit, with pictures of many shapes waiting."""
+    stream = loader(forty, batch_size=2)
+    for _ in range(31):
+        next(stream)
+    state = json.loads(json.dumps(stream.get_state()))
+    assert len(state["waiting"]) > 10
+    again = loader(forty, batch_size=2)
+    again.set_state(state)
+    for _ in range(60):
+        expected, found = next(stream), next(again)
+        assert found["caption"] == expected["caption"]
+        for name in ("image", "aspect", "original_size"):
+            np.testing.assert_array_equal(found[name], expected[name])
 
 
 def test_processes_share_the_batches_of_one(folder):

@@ -85,7 +85,6 @@ def losses(config, updates=False, steps=3):
     ("kind", "updates"),
     [
         ("distill", True),
-        ("hed", False),
         pytest.param("controller", True, marks=pytest.mark.slow),
         pytest.param("hed", True, marks=pytest.mark.slow),
     ],
@@ -106,6 +105,24 @@ def test_losses_on_cached_features_are_those_on_the_fly(base, photos, tmp_path, 
         difference = np.abs(found / expected - 1).max()
         assert difference <= bound
         assert dtype == "float32" or difference > 1e-7  # it did read the shorter numbers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("bfloat16", 1e-2)])
+def test_a_whole_run_on_cached_features_repeats_the_other(base, photos, tmp_path, dtype, bound):
+    """Command for command: the losses that two runs of six updates log."""
+    config = distill_config(base, photos)
+    config.steps = config.save_every = 6
+    cache.write(config, tmp_path / "cache", features.Shard(0, 1), dtype)
+    logged = []
+    for name, own in (("fly", config), ("cached", cached(config, tmp_path / "cache"))):
+        loop.main(own, tmp_path / name)
+        lines = log.read_metrics(tmp_path / name / "metrics.jsonl")
+        logged.append(np.array([line["loss"] for line in lines]))
+    assert np.unique(logged[0]).size == 6
+    difference = np.abs(logged[1] / logged[0] - 1).max()
+    print(f"{dtype}: {difference:.1e}")
+    assert difference <= bound
 
 
 @pytest.mark.slow

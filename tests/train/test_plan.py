@@ -11,6 +11,7 @@ from cnxs_jax import tree as trees
 from cnxs_jax.models.dit import PixArt
 from configs import pixart_control, pixart_lcm
 from eval import closed_forms, flops
+from tests import checks
 from tests.pipelines import tiny
 from tests.train.test_control_tasks import control_config, lora_config
 from train import abstract, plan
@@ -63,6 +64,21 @@ def test_a_step_of_distillation_is_seven_evaluations():
     assert step.parameters == 610_856_096
     five = 5 * 4 * step.parameters  # teacher, student, its average, two moments, and counters
     assert 0 <= step.weights - five < 64
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [pixart_lcm, pixart_control], ids=["plain", "controlled"])
+def test_four_steps_at_1024_px_fit_8_gb(recipe):
+    """One stage at a time, T5 in int8, the picture decoded in tiles; and how near each one comes."""
+    config = recipe.get_config("xl_1024")
+    args = types.SimpleNamespace(**vars(ARGS) | {"steps": 4})
+    costs, text = plan.sampling(config, args)
+    peaks = {f"{c.name}, GB": round(c.peak / 1e9, 2) for c in costs}
+    checks.record(f"4 steps at 1024 px as compiled for a CPU, {config.name}", **peaks)
+    assert [c.name for c in costs] == ["text encoder, int8", "4 steps", "autoencoder, tiles of 64"]
+    assert all(c.weights <= c.peak <= 8e9 for c in costs)
+    assert "fits 8 GB, one stage at a time: yes" in text
+    assert "memory as compiled for a CPU" in text
 
 
 def test_int8_halves_the_text_encoder():
