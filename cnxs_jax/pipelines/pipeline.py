@@ -24,6 +24,8 @@ __all__ = ["FAMILIES", "load_pipeline", "save_pipeline"]
 
 DIFFUSERS = (PixArtAlphaPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline)
 FAMILIES = {family.class_name: family for family in (*DIFFUSERS, EDiffIPipeline)}
+# Classes that add nothing to a family: published LCMs of Stable Diffusion are stored as the first.
+ALIASES = {"LatentConsistencyModelPipeline": StableDiffusionPipeline}
 # {class of a pipeline with a controller: (family, whose computation it follows)}
 CONTROLLED = {name: (f, compat) for f in DIFFUSERS for name, compat in f.controlled.values()}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -175,12 +177,12 @@ def _from_hub(name):
 def _family(index, directory):
     """`(family, compat)`: the compat of its stored controller, None where it has none."""
     name = index.get("_class_name")
-    if isinstance(name, str) and name in FAMILIES:
-        return FAMILIES[name], None
+    if isinstance(name, str) and name in FAMILIES | ALIASES:
+        return (FAMILIES | ALIASES)[name], None
     if isinstance(name, str) and name in CONTROLLED:
         family, compat = CONTROLLED[name]
         return family, index.get(COMPAT, compat)
-    known = [*FAMILIES, *CONTROLLED]
+    known = [*FAMILIES, *ALIASES, *CONTROLLED]
     raise ConfigError(
         f"the pipeline class {name!r} is not supported.{did_you_mean(name, known)}",
         str(directory / INDEX),

@@ -126,7 +126,7 @@ def test_what_ray_calls_is_there():
 # --- the same, executed ----------------------------------------------------------------------
 
 # What needs the network, a cluster or a published file of gigabytes.
-ELSEWHERE = (":xl_", "PixArt-XL-2-512x512.pth", "localhost:9876", "pixart_xl")
+ELSEWHERE = (":xl_", "detector=hed", "PixArt-XL-2-512x512.pth", "localhost:9876", "pixart_xl")
 SMALL = {  # smallest settings that still go through every part
     "eval": ["--num_prompts=4", "--num_real=8", "--steps=1", "--reference_steps=1"],
     "eval.metrics.scene_accuracy": ["--scenes=8"],

@@ -1,5 +1,7 @@
 """Stable Diffusion's pipelines: directories, text, guidance as an input, painted words."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,6 +61,18 @@ def test_guidance_may_be_an_input_of_the_network(tmp_path):
     assert cond["guidance"].tolist() == [7.5]
     assert "null" not in cond
     assert lcm.replace(scheduler="lcm").defaults() == (4, 8.5)
+
+
+def test_a_published_lcm_opens(tmp_path):
+    """Its class in model_index.json is a pipeline of its own in diffusers."""
+    made = tiny_sd.pipeline(tmp_path / "tokens", time_cond_proj_dim=8).replace(scheduler="lcm")
+    cnxs_jax.save_pipeline(made, tmp_path / "lcm")
+    file = tmp_path / "lcm" / "model_index.json"
+    index = json.loads(file.read_text()) | {"_class_name": "LatentConsistencyModelPipeline"}
+    file.write_text(json.dumps(index))
+    opened = cnxs_jax.load_pipeline(tmp_path / "lcm")
+    assert opened.defaults() == (4, 8.5)
+    assert opened.components["unet"].module == made.components["unet"].module
 
 
 def test_defaults_are_those_of_diffusers(pipe, xl):

@@ -84,7 +84,8 @@ def losses(config, updates=False, steps=3):
 @pytest.mark.parametrize(
     ("kind", "updates"),
     [
-        ("distill", True),
+        ("distill", False),
+        pytest.param("distill", True, marks=pytest.mark.slow),
         pytest.param("controller", True, marks=pytest.mark.slow),
         pytest.param("hed", True, marks=pytest.mark.slow),
     ],

@@ -69,7 +69,7 @@ def test_a_step_of_distillation_is_seven_evaluations():
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", [pixart_lcm, pixart_control], ids=["plain", "controlled"])
 def test_four_steps_at_1024_px_fit_8_gb(recipe):
-    """One stage at a time, T5 in int8, the picture decoded in tiles; and how near each one comes."""
+    """One stage at a time, T5 in int8, the picture decoded in tiles."""
     config = recipe.get_config("xl_1024")
     args = types.SimpleNamespace(**vars(ARGS) | {"steps": 4})
     costs, text = plan.sampling(config, args)
