@@ -20,7 +20,8 @@ def pipeline_generator(pipelines, guidance_scale=None, batch_size=64):
 
     Args:
         pipelines: {"teacher": pipe, "student": pipe}, from `cnxs_jax.load_pipeline`.
-        guidance_scale: of guided rows that have none of their own; None: the pipeline's default.
+        guidance_scale: of guided rows that have none of their own, and of students that take it
+            as an input; None: the pipeline's default.
         batch_size: pictures a call; short batches are padded, so that one shape compiles.
     """
 
@@ -28,6 +29,7 @@ def pipeline_generator(pipelines, guidance_scale=None, batch_size=64):
         pipe = pipelines[row.model]
         pipe = pipe.replace(scheduler=row.scheduler) if row.scheduler else pipe
         scale = guidance_scale if row.guidance_scale is None else row.guidance_scale
+        guided = row.guided or pipe.guidance_is_input
         out = []
         for start in range(0, len(captions), batch_size):
             texts = list(captions[start : start + batch_size])
@@ -36,7 +38,7 @@ def pipeline_generator(pipelines, guidance_scale=None, batch_size=64):
             result = pipe(
                 texts + texts[-1:] * missing,
                 num_inference_steps=row.steps,
-                guidance_scale=scale if row.guided else 0.0,
+                guidance_scale=scale if guided else 0.0,
                 seed=spots + spots[-1:] * missing,
                 output_type="np",
             )

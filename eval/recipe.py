@@ -45,6 +45,19 @@ def directories(config, workdir, teacher=None, student=None):
     return {name: path for name, path in found.items() if path}
 
 
+def trained_scale(config):
+    """The guidance scale that a student of this config has learned, or None.
+
+    In the (1 + omega) form of the LCM papers. Where omega was drawn from a range, the scale of the
+    run's own pictures, or that of the range's middle.
+    """
+    objective = config.get("objective") or {}
+    if objective.get("omega_range"):
+        return config.get("guidance_scale") or 1.0 + sum(objective["omega_range"]) / 2
+    omega = objective.get("omega")
+    return None if omega is None else 1.0 + omega
+
+
 def scenes_of(config, metrics):
     """(world, picture side in pixels) of the scenes that `config.data` names.
 

@@ -14,7 +14,6 @@ import jax
 import cnxs_jax
 from cnxs_jax import precision
 from cnxs_jax.errors import ConfigError, DataError
-from cnxs_jax.pipelines.scheduler import is_lcm
 from eval import draw, folders, measures, networks, plan, recipe, report, show
 from eval.plan import Plan
 
@@ -198,8 +197,7 @@ def main(config, workdir, *, steps=(1, 2, 4, 8), reference_steps=50,
     rows = plan.rows(steps, reference_steps, "student" in places, solvers)
     who = {name: draw.identity(path) for name, path in places.items()}
     sets = scene_sets(world, size, options, metrics)
-    if guidance_scale is None and "objective" in config and "omega" in config.objective:
-        guidance_scale = 1.0 + config.objective.omega  # the (1 + omega) form of the LCM papers
+    guidance_scale = recipe.trained_scale(config) if guidance_scale is None else guidance_scale
     mesh = draw.local_mesh()
     pipes = {name: cnxs_jax.load_pipeline(path, mesh=mesh) for name, path in places.items()}
     batch = options.batch_size or min(options.held_out, 64)
@@ -244,7 +242,7 @@ def pipeline(directory, out, options, sweep=(), steps=None, guidance_scale=None,
     sets, real, scenes, config = _prompts_of(options, config or {}, workdir)
     pipe = cnxs_jax.load_pipeline(directory, mesh=draw.local_mesh())
     _check_size(pipe, sets["test"])
-    usual = (4, 0.0) if is_lcm(pipe.scheduler) else (pipe.steps, pipe.guidance_scale)
+    usual = pipe.defaults()
     steps = usual[0] if steps is None else steps
     guidance_scale = usual[1] if guidance_scale is None else guidance_scale
     rows = tuple(plan.sweep_rows(sweep, steps, guidance_scale))

@@ -36,12 +36,14 @@ class TextToImage:
         controllers: what is attached to the denoiser; a call takes their control pictures.
         styled: whether a call takes a reference picture.
         multiple: what the sides in pixels must be multiples of.
+        guidance_is_input: whether the network itself takes the guidance scale, in one evaluation.
     """
 
     class_name: ClassVar[str]
     controllers = ()
     styled = False
     multiple = 1
+    guidance_is_input = False
 
     def __call__(
         self,

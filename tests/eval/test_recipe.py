@@ -25,6 +25,20 @@ def test_where_teacher_and_student_are(tmp_path):
     assert recipe.directories({}, tmp_path, "a", "b") == {"teacher": "a", "student": "b"}
 
 
+@pytest.mark.parametrize(
+    ("config", "scale"),
+    [
+        ({}, None),
+        ({"objective": {"prediction": "epsilon"}}, None),
+        ({"objective": {"omega": 2.0}}, 3.0),
+        ({"objective": {"omega": None, "omega_range": (1.0, 5.0)}}, 4.0),
+        ({"objective": {"omega_range": (1.0, 5.0)}, "guidance_scale": 3.0}, 3.0),
+    ],
+)
+def test_the_scale_that_a_student_learned(config, scale):
+    assert recipe.trained_scale(ConfigDict(config)) == scale
+
+
 def test_another_teacher_keeps_the_student(tmp_path):
     student = {"student": str(tmp_path / "export")}
     assert recipe.directories(DISTILS, tmp_path, "a") == {"teacher": "a"} | student

@@ -189,6 +189,8 @@ def test_user_mistakes_before_any_work(tmp_path, sets):
 class FakePipe:
     """Paints each picture with its seed's index, and remembers how it was asked."""
 
+    guidance_is_input = False
+
     def __init__(self, scheduler="own", calls=None):
         self.scheduler, self.calls = scheduler, [] if calls is None else calls
 
@@ -215,6 +217,14 @@ def test_pipelines_are_asked_for_each_rows_solver_and_guidance():
     assert teacher.calls[:6:2] == twice
     assert ("dpmpp", 4, 2, 0.0, "np") in teacher.calls
     assert student.calls == [("own", 4, 2, 0.0, "np")] * 2
+
+
+def test_a_student_that_reads_its_guidance_is_given_it():
+    student = FakePipe()
+    student.guidance_is_input = True
+    generate = draw.pipeline_generator({"student": student}, 3.0, batch_size=2)
+    generate(plan.Row("student", "student", 4), ["a"] * 2, [(0, 0), (0, 1)])
+    assert student.calls == [("own", 2, 4, 3.0, "np")]
 
 
 def test_a_rows_own_scale_counts():
