@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cnxs_jax import lora
 from cnxs_jax.diffusion import prediction as predictions
 from cnxs_jax.diffusion import schedule
 from cnxs_jax.diffusion.expert_tree import Times
@@ -137,6 +138,29 @@ def test_consistency_needs_null_and_a_dividing_grid():
         )
     with pytest.raises(ConfigError):
         objectives.consistency(oracle("epsilon"), oracle("epsilon"), LINEAR, num_ddim_steps=2000)
+
+
+def test_an_adapters_target_is_its_own_average():
+    """As if merged weights were distilled: the EMA adapter on the teacher makes the target."""
+
+    def network(params, x, t, cond):
+        return x @ params["linear"]["kernel"] + cond["shift"][:, None, None]
+
+    kernel = jax.random.normal(jax.random.key(3), (2, 2)) * 0.5
+    teacher = {"linear": {"kernel": kernel}}
+    shift = jnp.linspace(0.0, 0.2, 64)[:, None]
+    batch = {"x": X, "cond": {"shift": shift, "null": {"shift": -shift}}}
+    fresh = lora.init(teacher, ".*", 1, jax.random.key(4))["linear"]
+    ours, average = ({"linear": {**fresh, "lora_B": jnp.full((1, 2), b)}} for b in (0.4, -0.3))
+
+    def loss(resolve, params, ema):
+        objective = objectives.consistency(network, network, LINEAR, resolve)
+        return float(objective(params, ema, {"teacher": teacher}, batch, KEY)[0])
+
+    merged, mean = (lora.merge(teacher, tree) for tree in (ours, average))
+    found = loss(objectives.with_lora, ours, average)
+    assert found == pytest.approx(loss(objectives.identity, merged, mean), rel=1e-6)
+    assert abs(found - loss(objectives.with_lora, ours, ours)) > 1e-3
 
 
 def test_autoencoder_edges_see_what_l1_does_not():
