@@ -4,6 +4,7 @@ Embedders, blocks and the final layer are diffusers'; what happens between the b
 """
 
 import copy
+import gc
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from cnxs_jax.control.controlnet_transformer import ControlNetTransformer
 from cnxs_jax.convert import families
 from cnxs_jax.models.dit import PixArt
 from cnxs_jax.pipelines import load
+from tests import checks
 from tests.parity.helpers import convert, nhwc, perturb, relative_error
 
 pytestmark = pytest.mark.parity
@@ -33,7 +35,9 @@ TINY = {
     "caption_channels": 20,
     "use_additional_conditions": True,
 }
-SIZE, BATCH, LENGTH, WIDTH = (12, 20), 2, 7, 24
+DEEP = TINY | {"num_layers": 28}
+XL_512 = {"sample_size": 64, "caption_channels": 4096}  # PixArt-XL/2 at 512 px
+SIZE, BATCH, LENGTH = (12, 20), 2, 7
 
 
 class Control(torch.nn.Module):
@@ -41,11 +45,12 @@ class Control(torch.nn.Module):
 
     def __init__(self, base, num):
         super().__init__()
-        self.before_proj = torch.nn.Linear(WIDTH, WIDTH)
+        width = base.inner_dim
+        self.before_proj = torch.nn.Linear(width, width)
         self.copies = torch.nn.ModuleList(
             copy.deepcopy(base.transformer_blocks[i]) for i in range(num)
         )
-        self.after = torch.nn.ModuleList(torch.nn.Linear(WIDTH, WIDTH) for _ in range(num))
+        self.after = torch.nn.ModuleList(torch.nn.Linear(width, width) for _ in range(num))
 
     def tensors(self):
         """State dict under the names of diffusers' adapter; the first linear on its own."""
@@ -100,9 +105,10 @@ FLOWS = {"released": released, "paper": paper, "unet": unet}
 def theirs(model, net, inputs, flow):
     """The controlled network, [B,8,H,W]."""
     x, hint, t, text, mask, size, aspect, scale = (torch.tensor(v) for v in inputs)
+    batch, height, width = len(x), x.shape[1] // 2, x.shape[2] // 2
     x, hint = x.permute(0, 3, 1, 2), hint.permute(0, 3, 1, 2)
     extra = {"resolution": size, "aspect_ratio": aspect}
-    modulation, emb = model.adaln_single(t, extra, batch_size=BATCH, hidden_dtype=x.dtype)
+    modulation, emb = model.adaln_single(t, extra, batch_size=batch, hidden_dtype=x.dtype)
     context = model.caption_projection(text)
     bias = (1 - mask.to(x.dtype))[:, None] * -10000.0
 
@@ -115,9 +121,8 @@ def theirs(model, net, inputs, flow):
     h = flow(model.transformer_blocks, net, h, c, run, scale[:, None, None])
     shift, weight = (model.scale_shift_table[None] + emb[:, None]).chunk(2, dim=1)
     h = model.proj_out(model.norm_out(h) * (1 + weight) + shift)
-    height, width = SIZE[0] // 2, SIZE[1] // 2
-    h = h.reshape(BATCH, height, width, 2, 2, 8).permute(0, 5, 1, 3, 2, 4)
-    return h.reshape(BATCH, 8, *SIZE)
+    h = h.reshape(batch, height, width, 2, 2, 8).permute(0, 5, 1, 3, 2, 4)
+    return h.reshape(batch, 8, 2 * height, 2 * width)
 
 
 @pytest.fixture(scope="module")
@@ -130,19 +135,19 @@ def inputs():
     return x, hint, np.array([17, 803]), text, mask, size, aspect, np.array([1, 0.7], np.float32)
 
 
-@pytest.mark.parametrize(
-    ("order", "num"),
-    [("released", 1), ("released", 3), ("paper", 1), ("paper", 3), ("unet", 1), ("unet", 2)],
-)
-def test_block_order(inputs, order, num):
-    model = perturb(PixArtTransformer2DModel(**TINY))
-    net = perturb(Control(model, num), seed=1)
+def compare(inputs, config, order, num, moved=0.1):
+    """Relative error of the controlled network of this size, every parameter perturbed."""
+    model = perturb(PixArtTransformer2DModel(**config), scale=moved)
+    net = perturb(Control(model, num), seed=1, scale=moved)
     with torch.no_grad():
         expected = nhwc(theirs(model, net, inputs, FLOWS[order]))
     base_params = convert(model.state_dict(), scanned=("transformer_blocks",))
     own = convert(net.tensors(), scanned=("controlnet_blocks",))
-    adapter = ControlNetTransformer(num, 2, 12, order)
-    module, params = control.attach(PixArt(**TINY), base_params, adapter, own)
+    del model, net
+    gc.collect()
+    base = PixArt(**config)
+    adapter = ControlNetTransformer(num, base.num_attention_heads, base.attention_head_dim, order)
+    module, params = control.attach(base, base_params, adapter, own)
     x, hint, t, text, mask, size, aspect, scale = (jnp.asarray(v) for v in inputs)
     cond = {"text": text, "text_mask": mask, "size": size, "aspect": aspect}
     cond |= {"hint": hint, "control_scale": scale}
@@ -150,6 +155,36 @@ def test_block_order(inputs, order, num):
         ours = jax.jit(module.apply)({"params": params}, x, t, cond)
     error = relative_error(ours, expected)
     print(f"{order}, N = {num}: {error:.2e}")
+    return error
+
+
+@pytest.mark.parametrize(
+    ("order", "num"),
+    [("released", 1), ("released", 3), ("paper", 1), ("paper", 3), ("unet", 1), ("unet", 2)],
+)
+def test_block_order(inputs, order, num):
+    assert compare(inputs, TINY, order, num) <= 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("order", "num"), [("released", 13), ("paper", 13), ("unet", 14)])
+def test_block_order_at_the_published_depth(inputs, order, num):
+    error = compare(inputs, DEEP, order, num)
+    checks.record(f"ControlNet-Transformer of 28 blocks, {order}, N = {num}", relative_error=error)
+    assert error <= 1e-5
+
+
+@pytest.mark.slow
+def test_xl_2_at_512_px_with_13_copied_blocks():
+    """The published size; some minutes and about 12 GB."""
+    rng = np.random.default_rng(0)
+    x, hint = (rng.normal(size=(1, 64, 64, 4)).astype(np.float32) for _ in range(2))
+    text = rng.normal(size=(1, 120, 4096)).astype(np.float32)
+    mask = (np.arange(120)[None] < 37).astype(np.int32)
+    size, one = np.full((1, 2), 512, np.float32), np.ones(1, np.float32)
+    given = x, hint, np.array([503]), text, mask, size, one[None], one
+    error = compare(given, XL_512, "released", 13, moved=0.02)
+    checks.record("PixArt-XL/2 512 px with 13 copied blocks", relative_error=error)
     assert error <= 1e-5
 
 
