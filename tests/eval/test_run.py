@@ -223,7 +223,7 @@ def test_a_student_that_reads_its_guidance_is_given_it():
     student = FakePipe()
     student.guidance_is_input = True
     generate = draw.pipeline_generator({"student": student}, 3.0, batch_size=2)
-    generate(plan.Row("student", "student", 4), ["a"] * 2, [(0, 0), (0, 1)])
+    generate(plan.Row("student", "student", steps=4), ["a"] * 2, [(0, 0), (0, 1)])
     assert student.calls == [("own", 2, 4, 3.0, "np")]
 
 
