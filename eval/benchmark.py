@@ -10,6 +10,7 @@ speed depends on their values. The cases are in `eval.benchmark_cases`.
   python -m eval.benchmark --case=lcd_step_xl_512 --size=tiny             # seconds
 """
 
+import contextlib
 import dataclasses
 import gc
 import platform
@@ -17,58 +18,106 @@ import statistics
 import time
 from pathlib import Path
 
+import numpy as np
 from absl import flags
 
 from cnxs_jax import errors
 from cnxs_jax.storage import write_json, write_text
-from eval import flops
+from eval import benchmark_start, flops
 from eval.benchmark_case import torch_device
 from eval.benchmark_cases import CASES
 
 CASE = flags.DEFINE_enum("case", "pixart_xl_512", list(CASES), "What to time.")
 SIZE = flags.DEFINE_enum("size", "full", ["full", "tiny"], "The published widths, or seconds.")
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of both sides.")
+COMPILE = flags.DEFINE_bool("compile", False, "Time diffusers with torch.compile, too.")
+STARTUP = flags.DEFINE_bool("startup", False, "Time two fresh starts with a compilation cache.")
 REPEATS = flags.DEFINE_integer("repeats", 5, "Timed repeats of each program.", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", 4, "Steps of the sampling loop.", lower_bound=1)
 OUT = flags.DEFINE_string("out", None, "Directory of benchmark.json and benchmark.md.")
 
+OURS, THEIRS, COMPILED = "cnxs_jax", "diffusers", "diffusers compiled"
+
 
 @dataclasses.dataclass
 class Program:
-    """One thing to time on both sides; both functions block until their result is there.
+    """One thing to time on every side; the functions block until their result is there.
 
-    `flops` is counted in our compiled program (None: `count`), `closed_form` by hand.
+    Attributes:
+        sides: {side: function without arguments}, ours first.
+        flops: counted in our compiled program (None: `count`), `closed_form` by hand.
+        reserved: bytes that our program allocates by XLA's own account, None where not asked.
     """
 
     name: str
-    ours: object
-    theirs: object
+    sides: dict
     flops: float | None
     closed_form: float
+    reserved: int | None = None
 
 
-def programs_of(case):
-    """`(programs, seconds of compilation, the largest difference or None)` of a case."""
-    import jax
-    import numpy as np
+def programs_of(case, compiled_side=False):
+    """`(programs, seconds of compilation, {side: largest difference})` of a case."""
+    import torch
 
     model = case.torch_model()
     params = case.params(model)
     started = time.perf_counter()
     compiled = {name: lowered.compile() for name, lowered in case.lower(params).items()}
     seconds = time.perf_counter() - started
-    ours = case.runners(compiled, params)
-    theirs = case.theirs(model.to(torch_device()))
+    model = case.torch_ready(model)
+    sides = {OURS: case.runners(compiled, params), THEIRS: case.theirs(model)}
+    if compiled_side:
+        sides[COMPILED] = case.theirs(model, torch.compile)
     del model, params
     gc.collect()
-    programs = [
-        Program(name, ours[name], theirs[name], count(compiled[name]), closed)
-        for name, (_, closed) in case.functions().items()
-    ]
-    difference = None
-    if case.compared:
-        a, b = np.asarray(jax.device_get(ours[case.compared]())), theirs[case.compared]()
-        difference = float(np.abs(a - b).max() / np.abs(b).max())
-    return programs, seconds, difference
+    different = differences(sides, case.compared, case.calls)
+    programs = []
+    for name, (_, closed) in case.functions().items():
+        each = {side: finished(programs[name]) for side, programs in sides.items()}
+        own = compiled[name]
+        programs.append(Program(name, each, count(own), closed, reserved(own)))
+    return programs, seconds, different
+
+
+def differences(sides, compared, calls):
+    """{side: largest difference to ours} of the compared programs, in parts of the largest value.
+
+    A later call of a train step shows what the earlier ones changed.
+    """
+    from eval.benchmark_case import to_numpy
+
+    found = dict.fromkeys(list(sides)[1:], 0.0)
+    for name in compared:
+        for _ in range(calls):
+            a, *others = (to_numpy(programs[name]()) for programs in sides.values())
+            for side, b in zip(found, others, strict=True):
+                # Losses and norms each in parts of themselves, pictures of their largest value.
+                scale = np.abs(b) if b.ndim == 1 else np.abs(b).max()
+                found[side] = max(found[side], float((np.abs(a - b) / scale).max()))
+    return found
+
+
+def finished(run):
+    """`run` until its result is there, on a GPU, too."""
+    import torch
+
+    def waited():
+        run()
+        if torch_device() == "cuda":
+            torch.cuda.synchronize()
+
+    return waited
+
+
+def reserved(compiled):
+    """Bytes that a compiled program allocates beside its arguments, None where XLA does not say."""
+    try:
+        found = compiled.memory_analysis()
+        total = found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    except (AttributeError, NotImplementedError):
+        return None
+    return max(int(total), 0)
 
 
 def count(compiled):
@@ -80,76 +129,100 @@ def count(compiled):
         return None
 
 
-def matrix_product(size):
-    """The ceiling: one float32 matrix product on both sides."""
+def matrix_product(size, dtype="float32"):
+    """The ceiling: one matrix product on both sides."""
     import jax
     import jax.numpy as jnp
     import torch
 
-    a = torch.ones(size, size, device=torch_device())
-    b = jnp.ones((size, size))
+    a = torch.ones(size, size, device=torch_device(), dtype=getattr(torch, dtype))
+    b = jnp.ones((size, size), dtype)
     product = jax.jit(jnp.matmul).lower(b, b).compile()
-    return Program(
-        f"matrix product {size}",
-        lambda: jax.block_until_ready(product(b, b)),
-        lambda: float((a @ a)[0, 0]),
-        count(product),
-        2.0 * size**3,
-    )
+    sides = {
+        OURS: lambda: jax.block_until_ready(product(b, b)),
+        THEIRS: lambda: float((a @ a)[0, 0]),
+    }
+    return Program(f"matrix product {size}", sides, count(product), 2.0 * size**3)
 
 
 def measure(programs, repeats):
-    """Rows of medians; every repeat runs each program on both sides, the order alternating."""
-    times = {p.name: {"ours": [], "theirs": []} for p in programs}
-    memory = {p.name: (peak_memory(p.ours), peak_memory(p.theirs)) for p in programs}  # warm-up
+    """Rows of medians; every repeat runs each program on all its sides, the order turning."""
+    times = {p.name: {side: [] for side in p.sides} for p in programs}
+    memory = {p.name: peaks(p) for p in programs}  # the warm-up, too
     for repeat in range(repeats):
         for p in programs:
-            order = ("ours", "theirs") if repeat % 2 == 0 else ("theirs", "ours")
-            for side in order:
+            sides = list(p.sides)
+            turn = repeat % len(sides)
+            for side in sides[turn:] + sides[:turn]:
                 started = time.perf_counter()
-                getattr(p, side)()
+                p.sides[side]()
                 times[p.name][side].append(time.perf_counter() - started)
-    rows = []
-    for p in programs:
-        ours, theirs = (times[p.name][s] for s in ("ours", "theirs"))
-        work = p.closed_form if p.flops is None else p.flops
-        ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-        peaks = ["not measured" if m is None else m / 2**20 for m in memory[p.name]]
-        rows.append(
-            {
-                "program": p.name,
-                "GFLOP": "not counted" if p.flops is None else p.flops / 1e9,
-                "GFLOP closed form": p.closed_form / 1e9,
-                "cnxs_jax s": statistics.median(ours),
-                "diffusers s": statistics.median(theirs),
-                "ratio": statistics.median(ratios),
-                "ratio min": min(ratios),
-                "ratio max": max(ratios),
-                "cnxs_jax GFLOP/s": work / statistics.median(ours) / 1e9,
-                "diffusers GFLOP/s": work / statistics.median(theirs) / 1e9,
-                "cnxs_jax peak MiB": peaks[0],
-                "diffusers peak MiB": peaks[1],
-            }
-        )
+    rows = [row_of(p, times[p.name], memory[p.name]) for p in programs]
     ceiling = rows[0]
     for row in rows[1:]:
-        for side in ("cnxs_jax", "diffusers"):
+        for side in (OURS, THEIRS):
             row[f"{side} of ceiling"] = row[f"{side} GFLOP/s"] / ceiling[f"{side} GFLOP/s"]
     return rows
+
+
+def row_of(p, times, memory):
+    """One line: medians of the seconds of each side, and the ratios of ours to the others."""
+    work = p.closed_form if p.flops is None else p.flops
+    row = {
+        "program": p.name,
+        "GFLOP": "not counted" if p.flops is None else p.flops / 1e9,
+        "GFLOP closed form": p.closed_form / 1e9,
+    }
+    row |= {f"{side} s": statistics.median(values) for side, values in times.items()}
+    for side in list(times)[1:]:
+        ratios = [a / b for a, b in zip(times[OURS], times[side], strict=True)]
+        name = "ratio" if side == THEIRS else "ratio to compiled"
+        row |= {name: statistics.median(ratios)}
+        row |= {f"{name} min": min(ratios), f"{name} max": max(ratios)}
+    row |= {f"{side} GFLOP/s": work / statistics.median(v) / 1e9 for side, v in times.items()}
+    row |= {
+        f"{side} peak MiB": "not measured" if m is None else m / 2**20 for side, m in memory.items()
+    }
+    return row
+
+
+def peaks(program):
+    """{side: bytes that one call adds, at most}; each side runs once.
+
+    On a CPU it is measured. On CUDA PyTorch's side is its allocator's count and ours what XLA
+    reserves for the program, since its own high-water mark cannot be set back.
+    """
+    import jax
+
+    if jax.default_backend() == "cpu":
+        return {side: peak_memory(run) for side, run in program.sides.items()}
+    found = {}
+    for side, run in program.sides.items():
+        found[side] = program.reserved if side == OURS else None
+        if side != OURS and torch_device() == "cuda":
+            found[side] = _cuda_peak(run)
+        else:
+            run()
+    return found
+
+
+def _cuda_peak(run):
+    import torch
+
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def peak_memory(run):
     """Bytes that one call adds to what the process holds, at most; None where it cannot be known.
 
-    Weights are held before. On a CPU it is the kernel's high-water mark of this process, and on
-    CUDA PyTorch's own count for its side; XLA's cannot be set back, so that it is not measured.
+    Weights are held before. It is the kernel's high-water mark of this process.
     """
-    import jax
-
     status, mark = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     try:
-        if jax.default_backend() != "cpu":
-            raise OSError
         mark.write_text("5")  # the high-water mark falls to what is held now
         before = _kilobytes(status, "VmRSS")
         run()
@@ -174,29 +247,40 @@ def markdown(rows, facts):
     return "\n".join([*lines, "", *(f"- {k}: {v}" for k, v in facts.items()), ""])
 
 
-def run(name, size="full", repeats=5, steps=4):
-    """`(rows, facts)` of one case: the table, and what it was measured on."""
+def run(name, size="full", repeats=5, steps=4, dtype="float32", compiled=False, startup=False):
+    """`(rows, facts)` of one case: the table, and what it was measured on.
+
+    Args:
+        compiled: time diffusers with `torch.compile`, too.
+        startup: time two fresh processes of our programs with a compilation cache.
+    """
     import diffusers
     import jax
     import torch
 
-    case = CASES[name](size, steps)
-    programs, compiling, difference = programs_of(case)
-    rows = measure([matrix_product(2048 if size == "full" else 256), *programs], repeats)
+    # A GPU would take float32 products in fewer digits than PyTorch does.
+    exact = dtype == "float32" and jax.default_backend() == "gpu"
+    with jax.default_matmul_precision("highest") if exact else contextlib.nullcontext():
+        case = CASES[name](size, steps, dtype)
+        programs, compiling, different = programs_of(case, compiled)
+        rows = measure([matrix_product(2048 if size == "full" else 256, dtype), *programs], repeats)
     reduced = f", {case.reduced}" if case.reduced and size == "full" else ""
     facts = {
-        "case": f"{name}, {size}{reduced}, batch 1, float32, {repeats} repeats",
+        "case": f"{name}, {size}{reduced}, batch 1, {dtype}, {repeats} repeats",
         "device": f"{jax.devices()[0].device_kind}, {platform.processor() or platform.machine()}, "
         f"{torch.get_num_threads()} threads; PyTorch on {torch_device()}",
         "versions": f"jax {jax.__version__}, torch {torch.__version__}, "
         f"diffusers {diffusers.__version__}",
         "compilation": f"{compiling:.1f} s for all of our programs, not in the times",
-        "FLOPs": "of our programs, on both sides: diffusers reads the text anew in every step, our "
-        "loop once; on a CPU ours computes a convolution after a doubling with 4/9 of the products",
+        "FLOPs": "of our programs, on both sides: diffusers reads text and control picture anew in "
+        "every step, our loop once; on a CPU ours computes a convolution after a doubling with 4/9 "
+        "of the products",
         "peak": "memory that a call adds to weights and inputs, in this process",
     }
-    if difference is not None:
-        facts["largest difference of one evaluation"] = f"{difference:.1e}"
+    for side, value in different.items():
+        facts[f"largest difference to {side}"] = f"{value:.1e} ({', '.join(case.compared)})"
+    if startup:
+        facts |= benchmark_start.facts(name, size, steps, dtype)
     return rows, facts
 
 
@@ -210,7 +294,10 @@ def main(argv):
         raise errors.ConfigError(
             f"the other side is missing: {error}", "eval.benchmark", "pip install -e '.[test]'"
         ) from None
-    rows, facts = run(CASE.value, SIZE.value, REPEATS.value, STEPS.value)
+    rows, facts = run(
+        CASE.value, SIZE.value, REPEATS.value, STEPS.value, DTYPE.value, COMPILE.value,
+        STARTUP.value,
+    )  # fmt: skip
     text = markdown(rows, facts)
     print(text)
     if OUT.value:

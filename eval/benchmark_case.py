@@ -8,6 +8,8 @@ import numpy as np
 
 from cnxs_jax.convert import families, rules
 
+WHERE = "eval.benchmark"
+
 
 class Case:
     """One network at one size.
@@ -16,21 +18,35 @@ class Case:
         class_name: diffusers' or transformers' name of the network.
         full, tiny: its config at the published size and for tests, with the sizes of the inputs.
         reduced: what of the published size is left out, or None.
-        compared: the program whose outputs are compared, or None.
+        compared: the programs whose outputs are compared.
+        calls: of each of them that are compared; a second step shows what the first one changed.
+
+    Args:
+        size: "full" or "tiny".
+        steps: of the sampling loop.
+        dtype: "float32", or "bfloat16": weights and computation on both sides.
     """
 
     class_name = None
     full, tiny = {}, {}
     reduced = None
-    compared = "one evaluation"
+    compared = ("one evaluation",)
+    calls = 1
 
-    def __init__(self, size="full", steps=4):
+    def __init__(self, size="full", steps=4, dtype="float32"):
         self.config = dict(self.full if size == "full" else self.tiny)
         self.given = {k: self.config.pop(k) for k in ("tokens", "side") if k in self.config}
-        self.steps = steps
-        family = families.family_of({"_class_name": self.class_name}, "eval.benchmark")
-        self.module, self.shapes = families.build(family, self.config, "eval.benchmark")
-        self.table = family.table
+        self.steps, self.dtype = steps, jnp.dtype(dtype)
+        self.build()
+
+    def build(self):
+        """Sets `module`, `shapes` of its parameters, and `table` of its file layout."""
+        self.module, self.shapes, self.table = self.network_of(self.class_name, self.config)
+
+    def network_of(self, class_name, config):
+        """(module, shapes of its parameters, table) of a config."""
+        family = families.family_of({"_class_name": class_name}, WHERE)
+        return *families.build(family, config, WHERE, self.dtype), family.table
 
     def torch_model(self):
         """The PyTorch model with random weights, none of them zero."""
@@ -48,10 +64,23 @@ class Case:
 
         return getattr(diffusers, self.class_name)(**self.config)
 
+    def torch_ready(self, model):
+        """The model on its device and in its dtype."""
+        return model.to(device=torch_device(), dtype=self.torch_dtype())
+
+    def torch_dtype(self):
+        import torch
+
+        return getattr(torch, self.dtype.name)
+
     def params(self, model):
         """The PyTorch model's weights as our tree."""
         tensors = {k: v.detach().cpu().numpy() for k, v in model.state_dict().items()}
-        return jax.tree.map(jnp.asarray, rules.to_params(tensors, self.shapes, self.table))
+        return self.cast(rules.to_params(tensors, self.shapes, self.table))
+
+    def cast(self, params):
+        """Parameters on the device in the dtype of the weights."""
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf, self.dtype), params)
 
     def inputs(self):
         """Arguments of our functions after the parameters, numpy; both sides read these."""
@@ -61,13 +90,26 @@ class Case:
         """{program: (f(params, *inputs), closed form)}."""
         raise NotImplementedError
 
-    def theirs(self, model):
-        """{program: function without arguments -> numpy result}."""
+    def theirs(self, model, wrap=lambda f: f):
+        """{program: function without arguments -> tensor, or a list of them}.
+
+        Args:
+            wrap: of the function of tensors that is timed; `torch.compile` gives the compiled side.
+        """
         raise NotImplementedError
+
+    def to_torch(self, x):
+        """`to_torch` in the weights' dtype."""
+        x = to_torch(x)
+        return x.to(self.torch_dtype()) if x.is_floating_point() else x
+
+    def abstract(self):
+        """Shapes of the parameters in the dtype of the weights."""
+        return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, self.dtype), self.shapes)
 
     def lower(self, params=None):
         """{program: `jax.stages.Lowered`}; on abstract parameters unless given."""
-        params = self.shapes if params is None else params
+        params = self.abstract() if params is None else params
         return {
             k: jax.jit(f).lower(params, *self.inputs()) for k, (f, _) in self.functions().items()
         }
@@ -104,7 +146,11 @@ def torch_device():
     return "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
 
 
-def to_numpy(tensor):
-    """A tensor's numbers; NCHW pictures become NHWC."""
-    tensor = tensor.detach()
-    return (tensor.permute(0, 2, 3, 1) if tensor.ndim == 4 else tensor).cpu().numpy()
+def to_numpy(value):
+    """Arrays or tensors as float32 numpy, NCHW pictures as NHWC; a list becomes one vector."""
+    if isinstance(value, list | tuple):
+        return np.array([float(v) for v in value], np.float32)
+    if isinstance(value, jax.Array):
+        return np.asarray(jax.device_get(value), np.float32)
+    value = value.detach().float()
+    return (value.permute(0, 2, 3, 1) if value.ndim == 4 else value).cpu().numpy()

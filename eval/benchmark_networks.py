@@ -12,7 +12,7 @@ import numpy as np
 from cnxs_jax.convert import unet as unets
 from cnxs_jax.diffusion import sampling, schedule, solvers
 from eval import closed_forms
-from eval.benchmark_case import Case, normal, to_numpy, to_torch
+from eval.benchmark_case import Case, normal
 
 PIXART_TINY = {
     "num_layers": 2,
@@ -60,43 +60,49 @@ class PixArt(Case):
         return {"one evaluation": (evaluate, once), f"{self.steps}-step sampling": (sample, loop)}
 
     def network(self, model):
-        """diffusers' call: `f(x, t, text, mask)`."""
+        """diffusers' call: `f(x, t, cond)`."""
         import torch
 
-        def call(x, t, text, mask):
+        def call(x, t, cond):
             return model(
                 x,
-                encoder_hidden_states=text,
+                encoder_hidden_states=cond["text"],
                 timestep=torch.as_tensor(t, device=x.device).reshape(-1).expand(len(x)),
-                added_cond_kwargs={"resolution": None, "aspect_ratio": None},
-                encoder_attention_mask=mask,
+                added_cond_kwargs={"resolution": cond.get("size"), "aspect_ratio": cond.get("aspect")},
+                encoder_attention_mask=cond["text_mask"],
             ).sample
 
         return call
 
-    def theirs(self, model):
-        import torch
-        from diffusers import LCMScheduler
-
+    def theirs(self, model, wrap=lambda f: f):
         x, cond = self.inputs()
-        x, text, mask = to_torch(x), to_torch(cond["text"]), to_torch(cond["text_mask"])
-        network = self.network(model)
-        scheduler = LCMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+        x, cond = self.to_torch(x), {k: self.to_torch(v) for k, v in cond.items()}
+        network = wrap(self.network(model))
+        return {
+            "one evaluation": no_grad(lambda: network(x, 999, cond)),
+            f"{self.steps}-step sampling": no_grad(
+                lambda: lcm_loop(lambda z, t: network(z, t, cond), x, self.steps)
+            ),
+        }
 
-        @torch.no_grad()
-        def evaluate():
-            return to_numpy(network(x, 999, text, mask))
 
-        @torch.no_grad()
-        def sample():
-            scheduler.set_timesteps(self.steps)
-            z = x
-            for t in scheduler.timesteps:
-                out = network(z, t, text, mask).chunk(2, 1)[0]
-                z, _ = scheduler.step(out, t, z, return_dict=False)
-            return to_numpy(z)
+def lcm_loop(network, x, steps):
+    """diffusers' LCM on PixArt's schedule; `network(x, t)` has the variance, too."""
+    from diffusers import LCMScheduler
 
-        return {"one evaluation": evaluate, f"{self.steps}-step sampling": sample}
+    scheduler = LCMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+    scheduler.set_timesteps(steps)
+    for t in scheduler.timesteps:
+        out = network(x, t).chunk(2, 1)[0]
+        x, _ = scheduler.step(out, t, x, return_dict=False)
+    return x
+
+
+def no_grad(f):
+    """`f` without the graph of its gradients."""
+    import torch
+
+    return torch.no_grad()(f)
 
 
 class PixArt256(PixArt):
@@ -129,16 +135,10 @@ class T5(Case):
 
         return transformers.T5EncoderModel(transformers.T5Config(**self.config))
 
-    def theirs(self, model):
-        import torch
-
-        ids, mask = (to_torch(v).long() for v in self.inputs())
-
-        @torch.no_grad()
-        def run():
-            return to_numpy(model(ids, mask).last_hidden_state)
-
-        return {"one evaluation": run}
+    def theirs(self, model, wrap=lambda f: f):
+        ids, mask = (self.to_torch(v).long() for v in self.inputs())
+        encode = wrap(lambda ids, mask: model(ids, mask).last_hidden_state)
+        return {"one evaluation": no_grad(lambda: encode(ids, mask))}
 
 
 class ClipText(Case):
@@ -149,6 +149,7 @@ class ClipText(Case):
             "num_attention_heads": 12, "tokens": 77}  # fmt: skip
     tiny = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "tokens": 77,
             "num_attention_heads": 4, "vocab_size": 99, "eos_token_id": 98}  # fmt: skip
+    ours, output = "last", "last_hidden_state"  # what is computed and compared
 
     def inputs(self):
         words = self.config.get("vocab_size", 49408)
@@ -157,25 +158,41 @@ class ClipText(Case):
         return (ids.astype(np.int32),)
 
     def functions(self):
-        f = lambda params, ids: self.module.apply({"params": params}, ids)["last"]  # noqa: E731
-        return {"one evaluation": (f, closed_forms.clip_text(self.module, self.given["tokens"]))}
+        def encode(params, ids):
+            return self.module.apply({"params": params}, ids)[self.ours]
+
+        projected = self.class_name == "CLIPTextModelWithProjection"
+        closed = closed_forms.clip_text(self.module, self.given["tokens"], projected)
+        return {"one evaluation": (encode, closed)}
 
     def torch_class(self):
         import transformers
 
-        config = {"eos_token_id": 49407} | self.config
-        return transformers.CLIPTextModel(transformers.CLIPTextConfig(**config))
+        config = transformers.CLIPTextConfig(**{"eos_token_id": 49407} | self.config)
+        return getattr(transformers, self.class_name)(config)
 
-    def theirs(self, model):
-        import torch
+    def theirs(self, model, wrap=lambda f: f):
+        (ids,) = (self.to_torch(v).long() for v in self.inputs())
+        encode = wrap(lambda ids: getattr(model(ids), self.output))
+        return {"one evaluation": no_grad(lambda: encode(ids))}
 
-        (ids,) = (to_torch(v).long() for v in self.inputs())
 
-        @torch.no_grad()
-        def run():
-            return to_numpy(model(ids).last_hidden_state)
+class ClipTextH(ClipText):
+    """OpenCLIP ViT-H/14's text encoder, as SD 2.1 has it: 23 of its layers."""
 
-        return {"one evaluation": run}
+    full = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23,
+            "num_attention_heads": 16, "hidden_act": "gelu", "tokens": 77}  # fmt: skip
+
+
+class ClipTextBigG(ClipText):
+    """OpenCLIP ViT-bigG/14's text encoder with its projection, as SDXL has it."""
+
+    class_name = "CLIPTextModelWithProjection"
+    full = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32,
+            "num_attention_heads": 20, "projection_dim": 1280, "hidden_act": "gelu",
+            "tokens": 77}  # fmt: skip
+    tiny = ClipText.tiny | {"projection_dim": 16}
+    ours, output = "pooled", "text_embeds"
 
 
 class VAEDecode(Case):
@@ -206,16 +223,10 @@ class VAEDecode(Case):
             up_block_types=("UpDecoderBlock2D",) * levels,
         )
 
-    def theirs(self, model):
-        import torch
-
-        (z,) = (to_torch(v) for v in self.inputs())
-
-        @torch.no_grad()
-        def run():
-            return to_numpy(model.decode(z).sample)
-
-        return {"one evaluation": run}
+    def theirs(self, model, wrap=lambda f: f):
+        (z,) = (self.to_torch(v) for v in self.inputs())
+        decode = wrap(lambda z: model.decode(z).sample)
+        return {"one evaluation": no_grad(lambda: decode(z))}
 
 
 class UNet(Case):
@@ -242,17 +253,11 @@ class UNet(Case):
             "one evaluation": (evaluate, closed_forms.unet(self.module, tokens, side, up_taps()))
         }
 
-    def theirs(self, model):
-        import torch
-
+    def theirs(self, model, wrap=lambda f: f):
         x, cond = self.inputs()
-        x, text = to_torch(x), to_torch(cond["text"])
-
-        @torch.no_grad()
-        def run():
-            return to_numpy(model(x, 999, encoder_hidden_states=text).sample)
-
-        return {"one evaluation": run}
+        x, text = self.to_torch(x), self.to_torch(cond["text"])
+        network = wrap(lambda x, text: model(x, 999, encoder_hidden_states=text).sample)
+        return {"one evaluation": no_grad(lambda: network(x, text))}
 
 
 def up_taps():

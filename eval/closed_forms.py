@@ -55,43 +55,89 @@ def transformer(pixels, width, depth, tokens, context):
     return depth * (own + cross + 24 * pixels * width**2) + 4 * pixels * width**2
 
 
-def unet(module, tokens=77, side=None, up_taps=UP_TAPS):
-    """One evaluation of Stable Diffusion's or SDXL's UNet on latents of `side` (sample_size)."""
-    widths, layers = module.block_out_channels, module.per_level(module.layers_per_block)
-    depths = module.per_level(module.transformer_layers_per_block)
-    side, time = module.sample_size if side is None else side, 4 * widths[0]
+def unet_parts(module, tokens=77, side=None, up_taps=UP_TAPS):
+    """{"embed", "encoder", "middle", "decoder"}: one evaluation of Stable Diffusion's or SDXL's UNet.
 
-    def attended(kinds, i):
-        return depths[i] if kinds[i].startswith("CrossAttn") else 0
+    Latents of `side` (sample_size); `conv_in` is the encoder's, `conv_out` the decoder's.
+    """
+    widths, layers = module.block_out_channels, module.per_level(module.layers_per_block)
+    side = module.sample_size if side is None else side
+    cross, time = module.cross_attention_dim, 4 * widths[0]
 
     def layer(pixels, inputs, width, depth):
-        cross = module.cross_attention_dim
         extra = transformer(pixels, width, depth, tokens, cross) if depth else 0
         return resnet(pixels, inputs, width, time) + extra
 
-    total = embedder(widths[0], time) + conv(side**2, module.in_channels, widths[0])
+    embed = embedder(widths[0], time)
     if module.addition_embed_type:
-        total += embedder(module.projection_class_embeddings_input_dim, time)
-    h, skips = widths[0], [widths[0]]
+        embed += embedder(module.projection_class_embeddings_input_dim, time)
+    encoder, h, skips = conv(side**2, module.in_channels, widths[0]), widths[0], [widths[0]]
+    depths = attended_depths(module, module.down_block_types)
     for i, width in enumerate(widths):
         for _ in range(layers[i]):
-            total += layer(side**2, h, width, attended(module.down_block_types, i))
+            encoder += layer(side**2, h, width, depths[i])
             h = width
             skips.append(h)
         if i + 1 < len(widths):
             side = -(-side // 2)
-            total += conv(side**2, h, h)
+            encoder += conv(side**2, h, h)
             skips.append(h)
-    total += layer(side**2, h, h, depths[-1]) + resnet(side**2, h, h, time)
+    deepest = module.per_level(module.transformer_layers_per_block)[-1]
+    middle = layer(side**2, h, h, deepest) + resnet(side**2, h, h, time)
+    decoder, depths = 0, attended_depths(module, module.up_block_types[::-1])
     for i in reversed(range(len(widths))):
         for _ in range(layers[i] + 1):
-            kinds = module.up_block_types[::-1]
-            total += layer(side**2, h + skips.pop(), widths[i], attended(kinds, i))
+            decoder += layer(side**2, h + skips.pop(), widths[i], depths[i])
             h = widths[i]
         if i:
             side *= 2
-            total += conv(side**2, h, h, up_taps)
-    return total + conv(side**2, h, module.out_channels)
+            decoder += conv(side**2, h, h, up_taps)
+    decoder += conv(side**2, h, module.out_channels)
+    return {"embed": embed, "encoder": encoder, "middle": middle, "decoder": decoder}
+
+
+def attended_depths(module, kinds):
+    """Transformer blocks after a resnet, 0 where the level has none; highest resolution first."""
+    depths = module.per_level(module.transformer_layers_per_block)
+    return [d if k.startswith("CrossAttn") else 0 for d, k in zip(depths, kinds, strict=True)]
+
+
+def unet(module, tokens=77, side=None, up_taps=UP_TAPS):
+    """One evaluation of Stable Diffusion's or SDXL's UNet on latents of `side` (sample_size)."""
+    return sum(unet_parts(module, tokens, side, up_taps).values())
+
+
+def unet_transformers(module, side):
+    """(part, pixels, width, depth) of each transformer of a UNet; parts as in `unet_parts`."""
+    layers, last = module.per_level(module.layers_per_block), len(module.block_out_channels) - 1
+    for i, width in enumerate(module.block_out_channels):
+        pixels = -(-side // 2**i) ** 2
+        yield from [
+            ("encoder", pixels, width, attended_depths(module, module.down_block_types)[i])
+        ] * layers[i]
+        if i == last:
+            yield "middle", pixels, width, module.per_level(module.transformer_layers_per_block)[i]
+        yield from [
+            ("decoder", pixels, width, attended_depths(module, module.up_block_types[::-1])[i])
+        ] * (layers[i] + 1)
+
+
+def unet_text(module, tokens, parts=("encoder", "middle", "decoder")):
+    """The part that reads only the text: keys and values of the transformers in `parts`."""
+    return sum(
+        depth * 2 * 2 * tokens * module.cross_attention_dim * width
+        for part, _, width, depth in unet_transformers(module, 1)
+        if part in parts
+    )
+
+
+def unet_self_attention(module, side, parts=("encoder", "middle", "decoder")):
+    """The two products among the picture's own tokens, of the transformers in `parts`."""
+    return sum(
+        depth * attend(pixels, pixels, width)
+        for part, pixels, width, depth in unet_transformers(module, side)
+        if part in parts
+    )
 
 
 def vae_decoder(module, side, up_taps=UP_TAPS):
