@@ -66,7 +66,8 @@ class Case:
 
     def torch_ready(self, model):
         """The model on its device and in its dtype."""
-        return model.to(device=torch_device(), dtype=self.torch_dtype())
+        model = model.to(torch_device())
+        return model if self.dtype == jnp.float32 else model.to(self.torch_dtype())
 
     def torch_dtype(self):
         import torch

@@ -68,7 +68,10 @@ class PixArt(Case):
                 x,
                 encoder_hidden_states=cond["text"],
                 timestep=torch.as_tensor(t, device=x.device).reshape(-1).expand(len(x)),
-                added_cond_kwargs={"resolution": cond.get("size"), "aspect_ratio": cond.get("aspect")},
+                added_cond_kwargs={
+                    "resolution": cond.get("size"),
+                    "aspect_ratio": cond.get("aspect"),
+                },
                 encoder_attention_mask=cond["text_mask"],
             ).sample
 

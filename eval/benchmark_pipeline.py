@@ -60,10 +60,17 @@ class PixArtWithText(Case):
         ids = np.random.default_rng(0).integers(1, words, (1, tokens)).astype(np.int32)
         size = np.full((1, 2), 8.0 * side, np.float32)
         sizes = {"size": size, "aspect": np.ones((1, 1), np.float32)}
-        return normal(1, side, side, 4), {"ids": ids, "mask": np.ones((1, tokens), np.int32), **sizes}
+        return normal(1, side, side, 4), {
+            "ids": ids,
+            "mask": np.ones((1, tokens), np.int32),
+            **sizes,
+        }
 
     def functions(self):
-        module, denoise = self.modules["transformer"], sampling.denoiser(self.modules["transformer"])
+        module, denoise = (
+            self.modules["transformer"],
+            sampling.denoiser(self.modules["transformer"]),
+        )
         table = solvers.lcm(schedule.linear(), self.steps)
         table = jax.tree.map(lambda c: np.asarray(c, np.float32), table)
         tokens = self.given["tokens"]

@@ -7,20 +7,19 @@ PyTorch nor files count. `python -m eval.benchmark --startup` adds the figures t
   python -m eval.benchmark_start --case=unet_sd15_512 --size=tiny
 """
 
-import time
-
-STARTED = time.perf_counter()  # before the heavy imports below
-
+import itertools
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import time
 
 from absl import flags
 
 from cnxs_jax import errors
 
+STARTED = time.perf_counter()  # the heavy imports come later
 PARTS = ("import and build", "trace", "compile", "first call")
 
 
@@ -64,7 +63,7 @@ def once(name, size, steps, dtype):
     marks.append(time.perf_counter())
     case.runners(compiled, params)[program]()
     marks.append(time.perf_counter())
-    spans = (b - a for a, b in zip(marks, marks[1:], strict=False))
+    spans = (b - a for a, b in itertools.pairwise(marks))
     return dict(zip(PARTS, spans, strict=True))
 
 

@@ -15,9 +15,9 @@ import optax
 from cnxs_jax.diffusion import sampling, schedule
 from cnxs_jax.diffusion.expert_tree import Times
 from eval import closed_forms, closed_forms_control
-from eval.benchmark_case import normal, torch_device
+from eval.benchmark_case import normal, to_torch, torch_device
 from eval.benchmark_control import BETAS, ControlNetUNet, ControlNetXSUNet
-from eval.benchmark_networks import PixArt
+from eval.benchmark_networks import PixArt, up_taps
 from train import objectives, step
 
 LEARNING_RATE, EMA_DECAY = 1e-5, 0.95
@@ -52,8 +52,6 @@ class TrainStep:
         return model.to(device=torch_device())
 
     def to_torch(self, x):
-        from eval.benchmark_case import to_torch
-
         return to_torch(x)
 
     # Ours
@@ -103,9 +101,6 @@ class TrainStep:
         return {self.name: run}
 
     # PyTorch's
-
-    def freeze(self, model):
-        """Takes the gradients from what is not trained."""
 
     def draws(self):
         """[(time [1], noise NCHW)] of the first two steps, as ours draws them."""
@@ -186,6 +181,9 @@ class DenoiseStep(TrainStep, PixArt):
     full = PixArt.full | {"num_layers": 4}
     reduced = "4 of 28 blocks"
 
+    def freeze(self, model):
+        """Everything is trained."""
+
     def schedule(self):
         return schedule.linear()
 
@@ -265,8 +263,6 @@ class ControlStep(TrainStep):
         return objectives.denoise(run, self.schedule(), objectives.controlled)
 
     def closed(self):
-        from eval.benchmark_networks import up_taps
-
         return closed_forms_control.train_step(*self.sizes(), up_taps())
 
     def trained(self, params):

@@ -56,9 +56,9 @@ def transformer(pixels, width, depth, tokens, context):
 
 
 def unet_parts(module, tokens=77, side=None, up_taps=UP_TAPS):
-    """{"embed", "encoder", "middle", "decoder"}: one evaluation of Stable Diffusion's or SDXL's UNet.
+    """{"embed", "encoder", "middle", "decoder"} of `unet`.
 
-    Latents of `side` (sample_size); `conv_in` is the encoder's, `conv_out` the decoder's.
+    `conv_in` is the encoder's, `conv_out` the decoder's.
     """
     widths, layers = module.block_out_channels, module.per_level(module.layers_per_block)
     side = module.sample_size if side is None else side
@@ -111,7 +111,7 @@ def unet_transformers(module, side):
     """(part, pixels, width, depth) of each transformer of a UNet; parts as in `unet_parts`."""
     layers, last = module.per_level(module.layers_per_block), len(module.block_out_channels) - 1
     for i, width in enumerate(module.block_out_channels):
-        pixels = -(-side // 2**i) ** 2
+        pixels = -((-side // 2**i) ** 2)
         yield from [
             ("encoder", pixels, width, attended_depths(module, module.down_block_types)[i])
         ] * layers[i]

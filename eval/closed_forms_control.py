@@ -36,10 +36,10 @@ def controlnet(base, adapter, tokens=77, side=None):
     total = parts["embed"] + parts["encoder"] + parts["middle"]
     total += hint_embedding(adapter, side, widths[0]) + conv(side**2, widths[0], widths[0], 1)
     for i, width in enumerate(widths):
-        pixels = -(-side // 2**i) ** 2
+        pixels = -((-side // 2**i) ** 2)
         total += layers[i] * conv(pixels, width, width, 1)
         lowest = i + 1 == len(widths)  # the middle's there, else the downsampler's
-        total += conv(pixels if lowest else -(-side // 2 ** (i + 1)) ** 2, width, width, 1)
+        total += conv(pixels if lowest else -((-side // 2 ** (i + 1)) ** 2), width, width, 1)
     return total
 
 

@@ -41,20 +41,30 @@ def count(program):
     Raises DataError for what cannot be counted: a loop whose number of trips is not known, a
     product that XLA hands to a library (cuBLAS, cuDNN, oneDNN).
     """
+    return count_text(text_of(program))
+
+
+def text_of(program):
+    """The HLO of a compiled or lowered program."""
     compiled = hasattr(program, "memory_analysis")
-    return count_text(program.as_text() if compiled else program.as_text(dialect="hlo"))
+    return program.as_text() if compiled else program.as_text(dialect="hlo")
 
 
-def count_text(hlo):
-    """The same of HLO as text."""
+def count_text(hlo, products=None):
+    """The same of HLO as text.
+
+    Args:
+        products: {"dot": f, "convolution": f} to add up something else of each product than its
+            FLOPs, loops times their trips; functions as those of COSTS.
+    """
     computations, entry = parse(hlo)
-    known = {}
+    costs, known = COSTS | (products or {}), {}
 
     def total(name):
         if name not in known:
             inside = computations[name]
-            found = [i for i in inside.values() if i.opcode in COSTS]
-            known[name] = sum(COSTS[i.opcode](i, inside, total, computations) for i in found)
+            found = [i for i in inside.values() if i.opcode in costs]
+            known[name] = sum(costs[i.opcode](i, inside, total, computations) for i in found)
         return known[name]
 
     return total(entry)
