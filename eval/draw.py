@@ -16,29 +16,34 @@ NOTE = "cnxs_jax"  # the PNG text that says what a picture was made with
 
 
 def pipeline_generator(pipelines, guidance_scale=None, batch_size=64):
-    """`generate(row, captions, seeds)` over pipelines.
+    """`generate(row, captions, seeds, hints=None)` over pipelines.
 
     Args:
-        pipelines: {"teacher": pipe, "student": pipe}, from `cnxs_jax.load_pipeline`.
+        pipelines: {"teacher": pipe, "student": pipe}, from `cnxs_jax.load_pipeline`. One that has
+            controllers is given the hints, control pictures uint8 `[N, H, W, 3]`.
         guidance_scale: of guided rows that have none of their own; None: the pipeline's default.
         batch_size: pictures a call; short batches are padded, so that one shape compiles.
     """
 
-    def generate(row, captions, seeds):
+    def generate(row, captions, seeds, hints=None):
         pipe = pipelines[row.model]
         pipe = pipe.replace(scheduler=row.scheduler) if row.scheduler else pipe
         scale = guidance_scale if row.guidance_scale is None else row.guidance_scale
-        out = []
+        out, control = [], {}
         for start in range(0, len(captions), batch_size):
             texts = list(captions[start : start + batch_size])
             spots = list(seeds[start : start + batch_size])
             missing = batch_size - len(texts)
+            if hints is not None and pipe.controllers:
+                own = hints[start : start + batch_size]
+                control["image"] = np.concatenate([own, own[-1:].repeat(missing, 0)])
             result = pipe(
                 texts + texts[-1:] * missing,
                 num_inference_steps=row.steps,
                 guidance_scale=scale if row.guided else 0.0,
                 seed=spots + spots[-1:] * missing,
                 output_type="np",
+                **control,
             )
             out.append(to_uint8(result.images[: len(texts)]))
         return np.concatenate(out)
@@ -117,6 +122,8 @@ class Gallery:
         own = {k: getattr(row, k) for k in ("scheduler", "guided", "steps")}
         if row.guidance_scale is not None:
             shared["guidance_scale"] = row.guidance_scale
+        if prompts.truth:
+            own["hint"] = hashlib.sha256(prompts.truth["hint"][n].tobytes()).hexdigest()[:16]
         return {**shared, **own, "prompt": prompts.captions[n], "seed": [self.seed, n]}
 
     def _draw(self, row, prompts, missing):
@@ -126,7 +133,8 @@ class Gallery:
         for start in range(0, len(missing), self.batch_size):
             batch = missing[start : start + self.batch_size]
             captions = [prompts.captions[n] for n in batch]
-            made = self.generate(row, captions, [(self.seed, n) for n in batch])
+            shown = {"hints": prompts.truth["hint"][batch]} if prompts.truth else {}
+            made = self.generate(row, captions, [(self.seed, n) for n in batch], **shown)
             for n, image in zip(batch, made, strict=True):
                 self._write(row, prompts, n, image)
                 yield n, image
@@ -173,16 +181,19 @@ def _short(value):
 
 def identity(directory):
     """Hash of a pipeline directory: every file's name and content."""
-    directory = Path(directory)
-    files = sorted(p for p in directory.rglob("*") if p.is_file())
-    if not (directory / "model_index.json").is_file():
+    if not (Path(directory) / "model_index.json").is_file():
         raise CheckpointError(
             "no pipeline there (no model_index.json)",
             directory,
             "give a diffusers pipeline directory, or --workdir of a finished training run",
         )
-    digest = hashlib.sha256()
-    for path in files:
+    return digest_of(directory)
+
+
+def digest_of(directory):
+    """Hash of a directory: every file's name and content."""
+    directory, digest = Path(directory), hashlib.sha256()
+    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
         digest.update(str(path.relative_to(directory)).encode())
         with path.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())

@@ -10,6 +10,7 @@ import functools
 
 import numpy as np
 
+from cnxs_jax.control import hints
 from cnxs_jax.errors import ConfigError, did_you_mean
 from eval import networks
 from eval.metrics import (
@@ -25,6 +26,7 @@ from eval.metrics import (
     prdc,
     retrieval,
     scene_accuracy,
+    scene_maps,
 )
 from eval.metrics import images as quality
 from eval.metrics import kid as kernel_distance
@@ -36,6 +38,7 @@ NEEDS = {
     "real": "real pictures, not their statistics: --reference FOLDER",
     "pairs": "pictures to pair with: several rows (the first one is the reference), or "
     "--images A --reference B with the same file names",
+    "truth": "scenes drawn with a controller: --config and --workdir of a controller's run",
     "maps": "two folders of maps with the same file names: --images A --reference B",
 }
 SELECTED = "the network of --features"  # in `Metric.networks`
@@ -227,6 +230,30 @@ def mask_maps(sample, pair, real, tools):
     return {"mask_iou": bootstrap.mean(masks.mask_iou(_maps(sample) > 127, _maps(pair) > 127))}
 
 
+def control_edges(sample, pair, real, tools):
+    """One detector on what was drawn and on the scenes that the control pictures were made of."""
+    drawn, asked = (scene_maps.edges(i) for i in (sample.images, sample.prompts.images))
+    return {f"control_{k}": v for k, v in edges.figures(drawn, asked, EDGE_TOLERANCE).items()}
+
+
+def control_masks(sample, pair, real, tools):
+    """What is drawn that is no background, against all objects' exact masks."""
+    drawn, asked = scene_maps.foreground(sample.images), sample.prompts.truth["foreground"]
+    return {"control_mask_iou": bootstrap.mean(masks.mask_iou(drawn, asked))}
+
+
+def control_depth(sample, pair, real, tools):
+    """Ranks of the fitted sprites against the exact ones, in parts of the nearest rank."""
+    asked = sample.prompts.truth["depth"].astype(np.float64)
+    drawn = tools.depth_reader()(sample.images, asked)
+    error = depth.depth_error(drawn / hints.NEAREST, asked / hints.NEAREST)
+    order = depth.order_accuracy(drawn, asked)
+    found = {f"control_depth_{k}": bootstrap.mean(error[k]) for k in ("mse", "mae")}
+    if np.isfinite(order).any():
+        found["control_depth_order"] = bootstrap.mean(order[np.isfinite(order)])
+    return found
+
+
 def _maps(sample):
     """Grey values `[N, H, W]` of pictures of maps."""
     return sample.images.astype(np.float64).mean(-1)
@@ -252,7 +279,11 @@ METRICS = {
     "soft_edges": Metric(soft_edge_maps, ("maps",)),
     "depth": Metric(depth_maps, ("maps",)),
     "masks": Metric(mask_maps, ("maps",)),
+    "control_edges": Metric(control_edges, ("truth",)),
+    "control_masks": Metric(control_masks, ("truth",)),
+    "control_depth": Metric(control_depth, ("truth",)),
 }
+CONTROL = ("control_edges", "control_masks", "control_depth")
 USUAL = ("scene_accuracy", "kid", "agreement")
 
 

@@ -8,7 +8,7 @@ import functools
 from pathlib import Path
 
 from cnxs_jax.errors import CheckpointError, ConfigError, did_you_mean
-from eval.metrics import clip_features, features, inception, lpips, scene_accuracy
+from eval.metrics import clip_features, features, inception, lpips, scene_accuracy, scene_maps
 
 # {name: (the file, needed without `--weights`)}
 FILES = {
@@ -79,6 +79,10 @@ class Tools:
     def checker(self):
         """`read(images)` of the scene checker."""
         return self.read or scene_accuracy.load_checker()
+
+    def depth_reader(self):
+        """`read(images, asked depth)` of `scene_maps`."""
+        return scene_maps.load_depth_reader()
 
     def extractor(self, network):
         """(name in figures, images -> features `[N, d]`), or None without the packaged weights."""

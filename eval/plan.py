@@ -12,6 +12,7 @@ import re
 
 import numpy as np
 
+from cnxs_jax.control import hints
 from cnxs_jax.data import scenes
 from cnxs_jax.errors import ConfigError, did_you_mean
 from cnxs_jax.pipelines.scheduler import NAMES
@@ -180,6 +181,8 @@ class Prompts:
         images: uint8 `[N, H, W, 3]`, the scenes themselves: other pictures would be right too.
             None where there are none.
         heldout: the concept of the held-out (concept, style) pair of each, or None.
+        truth: what a controller is shown and asked for, or None: {"hint": uint8 [N, H, W, 3],
+            "foreground": bool [N, H, W], "depth": ranks [N, H, W]}.
     """
 
     split: str
@@ -187,11 +190,17 @@ class Prompts:
     facts: list | None = None
     images: np.ndarray | None = None
     heldout: list | None = None
+    truth: dict | None = None
 
     def head(self, number):
         """The first `number` of them."""
-        cut = (v if v is None or isinstance(v, str) else v[:number] for v in vars(self).values())
-        return Prompts(*cut)
+
+        def cut(value):
+            if isinstance(value, dict):
+                return {k: v[:number] for k, v in value.items()}
+            return value if value is None or isinstance(value, str) else value[:number]
+
+        return Prompts(*map(cut, vars(self).values()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,6 +246,7 @@ class Plan:
             "real": isinstance(real, np.ndarray),
             "pairs": self.pairs is not None or len(self.rows) > 1,
             "maps": self.maps,
+            "truth": test.truth is not None,
         }
 
     def line(self, row):
@@ -246,8 +256,8 @@ class Plan:
         return {"method": row.method, **swept, **drawn}
 
 
-def prompts(world, split, number, seed=0, size=64):
-    """The first `number` prompts of a split; see `Prompts`.
+def prompts(world, split, number, seed=0, size=64, hint=None):
+    """The first `number` prompts of a split; see `Prompts`. `hint` names a control picture.
 
     Raises:
         ConfigError: unknown split, or no prompts.
@@ -257,7 +267,7 @@ def prompts(world, split, number, seed=0, size=64):
         raise ConfigError(f"unknown split {split!r}.{hint}", "split", f"one of {scenes.SPLITS}")
     if number < 1:
         raise ConfigError(f"{number} prompts", "--num_prompts", "use at least 1")
-    source = scenes.SceneSource(world, split, size, truth=False, seed=seed)
+    source = scenes.SceneSource(world, split, size, truth=hint is not None, seed=seed)
     found = [source[i] for i in range(number)]
     held = world.heldout_pairs()
     return Prompts(
@@ -269,4 +279,14 @@ def prompts(world, split, number, seed=0, size=64):
             next((c for c in s["prompt"]["concepts"] if (c, s["style"]) in held), None)
             for s in found
         ],
+        _truth(found, hint) if hint else None,
     )
+
+
+def _truth(found, hint):
+    """`Prompts.truth` of scenes."""
+    return {
+        "hint": np.stack([hints.picture(s, hint) for s in found]),
+        "foreground": np.stack([s["masks"].any(0) for s in found]),
+        "depth": np.stack([s["depth"] for s in found]),
+    }

@@ -11,7 +11,11 @@ from cnxs_jax.errors import ConfigError
 from cnxs_jax.storage import fill
 from eval.metrics import features, scene_accuracy
 
-CHECKED = ("scene_accuracy", "agreement")  # metrics that read pictures with the scene checker
+CHECKED = (
+    "scene_accuracy",
+    "agreement",
+    "control_depth",
+)  # metrics that read pictures with the scene checker
 WITHOUT_CHECKER = f"--metrics=kid works without the checker (features: {features.INSTALL})"
 
 
@@ -43,6 +47,19 @@ def directories(config, workdir, teacher=None, student=None):
         student = student or export
     found = {"teacher": teacher or export, "student": student}
     return {name: path for name, path in found.items() if path}
+
+
+def controller(config, workdir):
+    """(directory of the base pipeline, of the controller, name of its hint) of a controller's run.
+
+    None where the run trained something else. The hint of a run without `data.hint` is the exact
+    edges.
+    """
+    stage, place = last_stage(config, workdir)
+    if not str(stage.get("task", "")).endswith(":controller"):
+        return None
+    hint = (stage.get("data") or {}).get("hint") or "lines"
+    return fill(stage.base_path, workdir), str(place / "export" / "controlnet"), hint
 
 
 def scenes_of(config, metrics):

@@ -113,7 +113,7 @@ def _text(case):
 def table(found, card):
     """Markdown of {name: Work}."""
     lines = [
-        f"| program, bfloat16, one picture | TFLOP | GB | least ms on one {card.name} | at peak ms |",
+        "| program, bfloat16, one picture | TFLOP | GB | least ms | ms at peak |",
         "| --- | --- | --- | --- | --- |",
     ]
     for name, w in found.items():

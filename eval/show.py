@@ -10,9 +10,20 @@ GROUPS = (
     ("kid_efflite0", "sharpness", "rmse", "psnr", "same_verdicts"),
     ("held-out pair: object", "held-out pair: style", "held-out pair: all correct"),
     ("held-out relation", "held-out relation: all correct"),
+    (
+        "control_edge_f1@1px",
+        "control_edge_precision@1px",
+        "control_edge_recall@1px",
+        "control_mask_iou",
+        "control_depth_mse",
+        "control_depth_mae",
+        "control_depth_order",
+    ),
 )
 # Columns that are plotted, by the beginning of their name, and what the panel is called.
 PLOTTED = {
+    "control_edge_f1@1px": "edge F1 at 1 px",
+    "control_mask_iou": "mask IoU",
     "objects": "objects found",
     "all_correct": "all correct",
     "fid": "FID, lower is better",
@@ -28,6 +39,12 @@ PLOTTED = {
     "lpips": "LPIPS to the first row",
     "ssim": "SSIM to the first row",
 }
+CONTROL_NOTE = (
+    "Control pictures: {}, of the same held-out scenes. Edges: Canny on what was drawn and on the "
+    "scene itself, right within 1 px. Masks: what is no background, against the exact objects. "
+    "Depth: ranks of the sprites that redraw the picture best, against the exact ones, 1 the "
+    "nearest of three. The rows of real scenes say how well the detectors read."
+)
 ALIGNMENT = ("clip_score_", "r_precision_", "objects")  # x of the trade-off, the first there is
 DISTANCE = ("fid", "fd_", "kid_", "cmmd", "mmd_rbf_")  # y
 

@@ -47,16 +47,8 @@ class Hinted:
         return f"Hinted({self.name}, {self.source!r})"
 
     def __getitem__(self, index):
-        example, hint = self.source[index], hints.named(self.name)
-        if hint.source == "labels":
-            given = hints.label_map(example["masks"])
-        else:
-            given = example[hint.source]
-        options = {}
-        if self.name == "canny":
-            options["rng"] = np.random.default_rng([self.seed, int(index)])
-        picture = hint.draw(given[None], **options)[0]
-        return {**example, "hint": np.round(255 * picture).astype(np.uint8)}
+        example, rng = self.source[index], np.random.default_rng([self.seed, int(index)])
+        return {**example, "hint": hints.picture(example, self.name, rng)}
 
 
 def wants_truth(keys):

@@ -60,6 +60,14 @@ def segmentation(labels):
     return PALETTE[np.where(labels > 0, 1 + (labels - 1) % (len(PALETTE) - 1), 0)]
 
 
+def picture(example, name, rng=None):
+    """The control picture uint8 [H,W,3] of a raw example; `rng` is for the thresholds of `canny`."""
+    hint = named(name)
+    given = label_map(example["masks"]) if hint.source == "labels" else example[hint.source]
+    options = {"rng": rng} if name == "canny" else {}
+    return np.round(255 * hint.draw(given[None], **options)[0]).astype(np.uint8)
+
+
 def label_map(masks):
     """uint8 [H,W] of a scene's masks, bool [n,H,W]: 1 + the visible object, 0 = background."""
     numbers = np.arange(1, len(masks) + 1, dtype=np.uint8)

@@ -72,19 +72,20 @@ def _settle(picture, stack, owners):
         before = list(stack)
         for i in range(len(stack) - 1):
             for j in range(i + 1, len(stack)):
-                if _touch(picture.sprites, stack[i], stack[j]):
+                if touch(picture.sprites, stack[i], stack[j]):
                     _try_swap(picture, stack, owners, i, j)
         if len(stack) > 1:
             for i, pose in enumerate(stack):
                 others = stack[:i] + stack[i + 1 :]
-                if any(_touch(picture.sprites, pose, o) for o in others):
+                if any(touch(picture.sprites, pose, o) for o in others):
                     stack[i] = picture.refine(pose, picture.layers(others, i))[0]
         if stack == before:
             break
     return stack, owners
 
 
-def _touch(sprites, a, b):
+def touch(sprites, a, b):
+    """Whether two poses lie so near that their order may show."""
     reach = (sprites.extents[a.extent] + sprites.extents[b.extent]) / 2 + 2
     return abs(a.top - b.top) < reach and abs(a.left - b.left) < reach
 
