@@ -4,6 +4,8 @@
       the comparison: the student and its teacher on held-out prompts, at equal cost
   python -m eval --config=configs/pixart_lcm.py --workdir=RUN --sweep guidance_scale=1:8
       the run's result over a setting; --sweep may be given again, for more lines
+  python -m eval --config=configs/controlnet_xs.py --workdir=RUN --metrics=control_edges
+      a controller's run: what it draws against the exact truth of held-out scenes, beside its base
   python -m eval --pipeline=DIR --prompts=prompts.txt --reference=photos --out=OUT \\
       --metrics=fid,clip_score --weights inception=FILE --weights clip=DIR \\
       --sweep guidance_scale=1:8
@@ -21,7 +23,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from cnxs_jax import errors
-from eval import measures, networks, plan, run
+from eval import controlled, measures, networks, plan, recipe, run
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The recipe of the run, e.g. configs/pixart_lcm.py:tiny."
@@ -133,9 +135,12 @@ def main(argv):
     sweep = [plan.parse_sweep(text) for text in SWEEP.value]
     kind, out, given = what(), directory(), options()
     steps = whole_numbers(STEPS.value) if STEPS.value else None
-    if (sweep or kind == "--pipeline") and steps and len(steps) > 1:
+    of_run = kind == "--config and --workdir"
+    control = of_run and recipe.controller(CONFIG.value, WORKDIR.value)
+    if (sweep or kind == "--pipeline" or control) and steps and len(steps) > 1:
         fix = f"--sweep steps={','.join(STEPS.value)}"
         raise errors.ConfigError(f"{len(steps)} numbers of steps", "--steps", fix)
+    one = steps[0] if steps else None
     if DISTRIBUTED.value:
         _start_cluster()
     if kind == "--images":
@@ -143,9 +148,11 @@ def main(argv):
             raise errors.ConfigError("pictures have no settings to sweep", "--sweep")
         run.folders_of_pictures(IMAGES.value, REFERENCE.value, out, run.Options(**given))
     elif kind == "--pipeline":
-        one = steps[0] if steps else None
         run.pipeline(PIPELINE.value, out, run.Options(**given), sweep, one, GUIDANCE.value,
                      config=CONFIG.value, workdir=WORKDIR.value)  # fmt: skip
+    elif control:
+        controlled.main(CONFIG.value, WORKDIR.value, out=out, sweep=sweep, steps=one,
+                        guidance_scale=GUIDANCE.value, **given)  # fmt: skip
     else:
         run.main(
             CONFIG.value,

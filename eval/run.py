@@ -184,10 +184,6 @@ def main(config, workdir, *, steps=(1, 2, 4, 8), reference_steps=50,
     """
     options = Options(**options)
     out = Path(workdir) / "eval" if out is None else Path(out)
-    if recipe.controller(config, workdir):
-        return controller(
-            config, workdir, out, options, sweep, _one(steps), guidance_scale, summary
-        )
     places = recipe.directories(config, workdir, teacher, student)
     if sweep:
         place = places.get("student") or places["teacher"]
@@ -247,7 +243,7 @@ def pipeline(directory, out, options, sweep=(), steps=None, guidance_scale=None,
     digest = draw.identity(directory)
     sets, real, scenes, config = _prompts_of(options, config or {}, workdir)
     pipe = cnxs_jax.load_pipeline(directory, mesh=draw.local_mesh())
-    _check_size(pipe, sets["test"])
+    check_size(pipe, sets["test"])
     usual = (4, 0.0) if is_lcm(pipe.scheduler) else (pipe.steps, pipe.guidance_scale)
     steps = usual[0] if steps is None else steps
     guidance_scale = usual[1] if guidance_scale is None else guidance_scale
@@ -270,54 +266,6 @@ def pipeline(directory, out, options, sweep=(), steps=None, guidance_scale=None,
     return finish(planned, gallery, options, out, matmul=matmul, summary=summary)
 
 
-def controller(config, workdir, out, options, sweep=(), steps=None, guidance_scale=None,
-               summary=None):  # fmt: skip
-    """Evaluates a controller's run on held-out scenes; the path of the report.
-
-    The base with the controller at one setting or over a sweep, above it the base alone with the
-    same noise: what control adds. Arguments as those of `pipeline` and `main`.
-    """
-    base, adapter, hint = recipe.controller(config, workdir)
-    config, _ = recipe.last_stage(config, workdir)
-    metrics = options.metrics or (*measures.CONTROL, *measures.USUAL)
-    world, size = recipe.scenes_of(config, metrics)
-    if not Path(adapter).is_dir():
-        raise ConfigError("the run has no controller yet", adapter, "finish its training")
-    digest = draw.identity(base)
-    plain = cnxs_jax.load_pipeline(base, mesh=draw.local_mesh())
-    pipes = {"base": plain, "controller": plain.replace(control=adapter)}
-    sets = scene_sets(world, size, options, metrics, hint)
-    _check_size(plain, sets["test"])
-    steps = plain.steps if steps is None else steps
-    guidance_scale = plain.guidance_scale if guidance_scale is None else guidance_scale
-    rows = [
-        dataclasses.replace(row, model=model, method=row.method.replace("pipeline", name))
-        for name, model in (("base without control", "base"), ("controller", "controller"))
-        for row in plan.sweep_rows(sweep, steps, guidance_scale)
-    ]
-    keys = tuple(key for key, _ in sweep)
-    told = "as in the table" if "guidance_scale" in keys else f"{guidance_scale:g}"
-    number, batch = options.num_prompts, options.batch_size or min(options.num_prompts, 64)
-    vae = plain.components["vae"]
-    ceilings = {
-        "real scenes": lambda images: images,
-        "real scenes through the VAE": draw.round_trip(vae.module, vae.params, batch),
-    }
-    planned = Plan(
-        "Evaluation of a controller", tuple(rows), sets, references(options, world, size),
-        ceilings=ceilings, axis=(*keys, "evaluations")[0], swept=keys,
-        notes=(*show.notes(number, options.num_real, told, metrics, options.features),
-               show.CONTROL_NOTE.format(hint)),
-    )  # fmt: skip
-    generate = draw.pipeline_generator(pipes, None, batch)
-    who = {"base": digest, "controller": f"{digest} {draw.digest_of(adapter)}"}
-    settings = {"pipeline": who}
-    gallery = draw.Gallery(generate, out / ROWS, settings, options.seed, batch, options.redraw)
-    options = dataclasses.replace(options, metrics=metrics)
-    matmul = config.get("matmul_precision")
-    return finish(planned, gallery, options, out, matmul=matmul, summary=summary)
-
-
 def _prompts_of(options, config, workdir):
     """(sets, real, whether they are scenes, config of the last stage)."""
     config, _ = recipe.last_stage(config, workdir or "")
@@ -332,7 +280,7 @@ def _prompts_of(options, config, workdir):
     return scene_sets(world, size, options, options.metrics), real, True, config
 
 
-def _check_size(pipe, test):
+def check_size(pipe, test):
     """Refuses scenes of another size than the pipeline draws."""
     if test.images is None or test.facts is None:
         return

@@ -61,7 +61,7 @@ def segmentation(labels):
 
 
 def picture(example, name, rng=None):
-    """The control picture uint8 [H,W,3] of a raw example; `rng` is for the thresholds of `canny`."""
+    """The control picture uint8 [H,W,3] of a raw example; `rng` draws the thresholds of `canny`."""
     hint = named(name)
     given = label_map(example["masks"]) if hint.source == "labels" else example[hint.source]
     options = {"rng": rng} if name == "canny" else {}

@@ -16,7 +16,7 @@ SOLID = 0.5  # alpha from which a pixel belongs to a sprite
 
 
 def edges(images):
-    """Canny edges bool `[N, H, W]` of uint8 pictures `[N, H, W, 3]`, at OpenCV's usual thresholds."""
+    """Canny edges bool `[N, H, W]` of uint8 pictures `[N, H, W, 3]` at the usual thresholds."""
     return hints.canny(images)[..., 0] > 0
 
 

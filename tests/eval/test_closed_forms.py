@@ -99,7 +99,14 @@ def test_clip_image():
     assert counted(module, shape(1, 224, 224, 3)) == pytest.approx(closed, rel=WITHIN)
 
 
-@pytest.mark.parametrize("name", ["t5_xxl", "denoise_step_xl_512", "lcd_step_xl_512"])
+SLOW = ("controlnet_step_sd15_512", "controlnet_xs_step_sd15_512", "clip_text_bigg")
+OTHERS = [
+    "t5_xxl", "denoise_step_xl_512", "lcd_step_xl_512", "pixart_xl_1024_text",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
 def test_every_other_full_size_benchmark_builds(name):
     """Depth-reduced programs; those of the networks above are built there."""
     case = CASES[name]("full")

@@ -1,0 +1,81 @@
+"""The evaluation of a controller's run: rows, figures by name, going on, what is refused."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from cnxs_jax.control import controlnet_xs
+from cnxs_jax.convert import families
+from cnxs_jax.errors import ConfigError
+from cnxs_jax.pipelines import load
+from cnxs_jax.pipelines.pipeline import save_pipeline
+from eval import controlled, plan, recipe
+from tests.pipelines import tiny_sd
+
+METRICS = ("control_edges", "control_masks")
+GIVEN = {"metrics": METRICS, "num_prompts": 3, "num_real": 3, "batch_size": 3, "steps": 1}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(config, workdir) as a run leaves them."""
+    root = tmp_path_factory.mktemp("run")
+    pipe = tiny_sd.pipeline(root / "words")
+    save_pipeline(pipe, root / "base")
+    adapter = controlnet_xs.from_unet(
+        pipe.components["unet"].module, block_out_channels=(4, 6), num_attention_heads=2,
+        conditioning_embedding_out_channels=(4, 6),
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda s: rng.normal(0, 0.3, s.shape).astype(np.float32), families.shapes(adapter)
+    )
+    load.save_model(adapter, params, root / "xs" / "export" / "controlnet")
+    config = ConfigDict({
+        "task": "train.tasks_unet:controller", "base_path": "{workdir}/../base",
+        "data": {"source": "emoji_scenes", "size": tiny_sd.SIDE, "hint": "lines"},
+    })  # fmt: skip
+    return config, root / "xs"
+
+
+def test_the_report_has_the_base_and_the_controller(trained, tmp_path):
+    config, workdir = trained
+    assert recipe.controller(config, workdir)[1:] == (str(workdir / "export/controlnet"), "lines")
+    made = controlled.main(config, workdir, out=tmp_path, **GIVEN)
+    real, through, base, own = json.loads((tmp_path / "report.json").read_text())["rows"]
+    assert (base["method"], own["method"]) == ("base without control", "controller")
+    assert base["evaluations"] == own["evaluations"] == 2
+    assert real["control_edge_f1@1px"]["value"] == 1 >= through["control_edge_f1@1px"]["value"]
+    for row in (real, through, base, own):
+        assert {"control_edge_f1@1px", "control_mask_iou"} <= set(row)
+        assert 0 <= row["control_mask_iou"]["value"] <= 1
+        assert row["control_mask_iou"]["n"] == 3
+    assert "exact" in made.read_text()
+    drawn = [sorted((tmp_path / "eval_rows").glob(f"{m}*/test/*.png")) for m in ("base", "contr")]
+    assert [len(d) for d in drawn] == [3, 3]
+    assert any(a.read_bytes() != b.read_bytes() for a, b in zip(*drawn, strict=True))
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("eval_rows/**/*.png")}
+    controlled.main(config, workdir, out=tmp_path, **GIVEN)  # nothing is drawn again
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_another_hint_and_missing_controllers_are_refused(trained, tmp_path):
+    config, workdir = trained
+    with pytest.raises(ConfigError, match="no controller yet"):
+        controlled.main(config, tmp_path / "absent" / "xs", out=tmp_path, **GIVEN)
+    assert recipe.controller(ConfigDict({"task": "train.tasks:distil"}), workdir) is None
+    wrong = ConfigDict(config.to_dict() | {"data": {"source": "emoji_scenes", "size": 32}})
+    with pytest.raises(ConfigError, match="draws 16 x 16 pixels, the scenes have 32 x 32"):
+        controlled.main(wrong, workdir, out=tmp_path, **GIVEN)
+
+
+def test_a_sweep_has_both_lines():
+    found = controlled.rows([plan.parse_sweep("guidance_scale=1,3")], 2, 1.0)
+    assert [(r.method, r.guidance_scale) for r in found] == [
+        ("base without control", 1), ("base without control", 3), ("controller", 1),
+        ("controller", 3),
+    ]  # fmt: skip
+    assert len({r.slug for r in found}) == 4
