@@ -15,6 +15,8 @@ from eval import closed_forms
 from eval.benchmark_case import Case, normal
 from eval.benchmark_networks import PIXART_TINY, T5, PixArt, lcm_loop, no_grad
 
+# The sizes' embedding is a third of the width each.
+SIZES = {"use_additional_conditions": True, "attention_head_dim": 24, "cross_attention_dim": 96}
 CLASSES = {"text": "T5EncoderModel", "transformer": "PixArtTransformer2DModel"}
 
 
@@ -27,7 +29,7 @@ class PixArtWithText(Case):
     }
     tiny = {
         "text": T5.tiny | {"tokens": 20},
-        "transformer": PIXART_TINY | {"use_additional_conditions": True},
+        "transformer": PIXART_TINY | SIZES,
     }
 
     def build(self):

@@ -55,6 +55,11 @@ def transformer(pixels, width, depth, tokens, context):
     return depth * (own + cross + 24 * pixels * width**2) + 4 * pixels * width**2
 
 
+def halved(side, times):
+    """The side after halving it, rounded up."""
+    return -(-side // 2**times)
+
+
 def unet_parts(module, tokens=77, side=None, up_taps=UP_TAPS):
     """{"embed", "encoder", "middle", "decoder"} of `unet`.
 
@@ -79,7 +84,7 @@ def unet_parts(module, tokens=77, side=None, up_taps=UP_TAPS):
             h = width
             skips.append(h)
         if i + 1 < len(widths):
-            side = -(-side // 2)
+            side = halved(side, 1)
             encoder += conv(side**2, h, h)
             skips.append(h)
     deepest = module.per_level(module.transformer_layers_per_block)[-1]
@@ -111,7 +116,7 @@ def unet_transformers(module, side):
     """(part, pixels, width, depth) of each transformer of a UNet; parts as in `unet_parts`."""
     layers, last = module.per_level(module.layers_per_block), len(module.block_out_channels) - 1
     for i, width in enumerate(module.block_out_channels):
-        pixels = -((-side // 2**i) ** 2)
+        pixels = halved(side, i) ** 2
         yield from [
             ("encoder", pixels, width, attended_depths(module, module.down_block_types)[i])
         ] * layers[i]

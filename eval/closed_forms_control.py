@@ -8,6 +8,7 @@ import itertools
 from eval.closed_forms import (
     UP_TAPS,
     conv,
+    halved,
     resnet,
     transformer,
     unet,
@@ -36,10 +37,9 @@ def controlnet(base, adapter, tokens=77, side=None):
     total = parts["embed"] + parts["encoder"] + parts["middle"]
     total += hint_embedding(adapter, side, widths[0]) + conv(side**2, widths[0], widths[0], 1)
     for i, width in enumerate(widths):
-        pixels = -((-side // 2**i) ** 2)
-        total += layers[i] * conv(pixels, width, width, 1)
-        lowest = i + 1 == len(widths)  # the middle's there, else the downsampler's
-        total += conv(pixels if lowest else -((-side // 2 ** (i + 1)) ** 2), width, width, 1)
+        total += layers[i] * conv(halved(side, i) ** 2, width, width, 1)
+        lowest = i + 1 == len(widths)  # there the middle's convolution, else the downsampler's
+        total += conv(halved(side, i if lowest else i + 1) ** 2, width, width, 1)
     return total
 
 
@@ -67,7 +67,7 @@ def controlnet_xs(base, adapter, tokens=77, side=None):
             skips.append(own)
         if i + 1 < len(pairs):
             total += conv(side**2, h, h, 1)
-            side = -(-side // 2)
+            side = halved(side, 1)
             total += conv(side**2, own + h, own) + conv(side**2, own, h, 1)
             skips.append(own)
     total += conv(side**2, h, h, 1) + layer(side**2, own + h, own, depths[-1])

@@ -8,13 +8,18 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from cnxs_jax import control
+from cnxs_jax.control import controlnet, controlnet_xs
+from cnxs_jax.control.controlnet_xs import ControlNetXS
+from cnxs_jax.convert import controlnet_xs as layouts
+from cnxs_jax.convert import families
 from cnxs_jax.convert import unet as unets
 from cnxs_jax.models import clip, conv
 from cnxs_jax.models.dit import PixArt
 from cnxs_jax.models.t5 import T5Encoder
 from cnxs_jax.models.unet import UNet
 from cnxs_jax.models.vae import AutoencoderKL
-from eval import closed_forms, flops
+from eval import closed_forms, closed_forms_control, flops
 from eval.benchmark_cases import CASES
 from eval.benchmark_networks import up_taps
 
@@ -99,7 +104,73 @@ def test_clip_image():
     assert counted(module, shape(1, 224, 224, 3)) == pytest.approx(closed, rel=WITHIN)
 
 
-SLOW = ("controlnet_step_sd15_512", "controlnet_xs_step_sd15_512", "clip_text_bigg")
+SD15 = UNet(**unets.PUBLISHED["sd15"])
+ADAPTERS = {
+    "ControlNet": controlnet.from_unet(SD15),
+    "ControlNet-XS": ControlNetXS(**layouts.PUBLISHED["sd15_53m"]),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "giga", "step"),
+    [
+        ("ControlNet", 1086.565416960, 2265.166577664),
+        ("ControlNet-XS", 853.018804224, 1874.652692480),
+    ],
+)
+def test_control_on_stable_diffusion(name, giga, step):
+    """One evaluation and one gradient of the adapter, 512 px, against diffusers' modules."""
+    closed = closed_forms_control.controlled(SD15, ADAPTERS[name], 77, 64)
+    assert closed / 1e9 == pytest.approx(giga, rel=1e-9)
+    found = closed_forms_control.train_step(SD15, ADAPTERS[name], 77, 64)
+    assert found / 1e9 == pytest.approx(step, rel=5e-3)
+
+
+SMALL = UNet(
+    block_out_channels=(16, 32),
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    attention_head_dim=2,
+    cross_attention_dim=24,
+    norm_num_groups=4,
+)
+
+
+@pytest.mark.parametrize("kind", ["ControlNet", "ControlNet-XS"])
+def test_controlled_programs_at_small_widths(kind):
+    """What is counted in ours: an evaluation, what the steps share, the gradient of the adapter."""
+    adapter = controlnet.from_unet(SMALL)
+    if kind == "ControlNet-XS":
+        adapter = controlnet_xs.from_unet(SMALL, block_out_channels=(8, 16), num_attention_heads=2)
+    base, own = (families.shapes(m) for m in (SMALL, adapter))
+    module, params = control.attach(SMALL, base, adapter, own)
+    cond = {"text": shape(1, 9, 24), "hint": shape(1, 128, 128, 3)}
+    args = shape(1, 16, 16, 4), shape(1), cond
+    sizes = SMALL, adapter, 9, 16
+
+    def run(own, base, *args):
+        return module.apply({"params": {"base": base, "control": own}}, *args)
+
+    def prepare(own, base, cond):
+        both = {"params": {"base": base, "control": own}}
+        return module.apply(both, cond, method="prepare")
+
+    once = flops.count(jax.jit(run).lower(own, base, *args))
+    assert once == pytest.approx(closed_forms_control.controlled(*sizes, up_taps()), rel=1e-9)
+    shared = flops.count(jax.jit(prepare).lower(own, base, cond))
+    assert shared == pytest.approx(closed_forms_control.prepared(*sizes), rel=1e-9)
+    step = jax.grad(lambda *args: jnp.square(run(*args)).mean())
+    closed = closed_forms_control.train_step(*sizes, up_taps())
+    assert flops.count(jax.jit(step).lower(own, base, *args)) == pytest.approx(closed, rel=WITHIN)
+
+
+SLOW = (
+    "controlnet_sd15_512",
+    "controlnet_xs_sd15_512",
+    "controlnet_step_sd15_512",
+    "controlnet_xs_step_sd15_512",
+    "clip_text_bigg",
+)
 OTHERS = [
     "t5_xxl", "denoise_step_xl_512", "lcd_step_xl_512", "pixart_xl_1024_text",
     *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW),
