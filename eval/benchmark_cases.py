@@ -25,5 +25,5 @@ CASES = {
     "controlnet_xs_step_sd15_512": steps.ControlNetXSStep,
     "controlnet_xs_step_sd15_256": steps.ControlNetXSStep256,
     "controlnet_step_sd15_512": steps.ControlNetStep,
-    "controlnet_step_sd15_256": steps.ControlNetStep256,
+    "controlnet_shallow_step_sd15_512": steps.ControlNetShallowStep,
 }

@@ -291,8 +291,8 @@ class ControlNetXSStep256(ControlNetXSStep):
     reduced = "256 of 512 px"
 
 
-class ControlNetStep256(ControlNetStep):
-    """The same at 256 px, where 512 px do not fit."""
+class ControlNetShallowStep(ControlNetStep):
+    """The same with half of the layers, where both sides' moments do not fit."""
 
-    full = ControlNetUNet.full | {"sample_size": 32}
-    reduced = "256 of 512 px"
+    full = ControlNetUNet.full | {"layers_per_block": 1}
+    reduced = "1 of 2 layers a level"
