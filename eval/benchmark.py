@@ -266,7 +266,7 @@ def run(name, size="full", repeats=5, steps=4, dtype="float32", compiled=False, 
         rows = measure([matrix_product(2048 if size == "full" else 256, dtype), *programs], repeats)
     reduced = f", {case.reduced}" if case.reduced and size == "full" else ""
     facts = {
-        "case": f"{name}, {size}{reduced}, batch 1, {dtype}, {repeats} repeats",
+        "case": f"{name}, {size}{reduced}, batch {case.batch}, {dtype}, {repeats} repeats",
         "device": f"{jax.devices()[0].device_kind}, {platform.processor() or platform.machine()}, "
         f"{torch.get_num_threads()} threads; PyTorch on {torch_device()}",
         "versions": f"jax {jax.__version__}, torch {torch.__version__}, "

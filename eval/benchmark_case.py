@@ -18,6 +18,7 @@ class Case:
         class_name: diffusers' or transformers' name of the network.
         full, tiny: its config at the published size and for tests, with the sizes of the inputs.
         reduced: what of the published size is left out, or None.
+        batch: pictures, of the cases that say so.
         compared: the programs whose outputs are compared.
         calls: of each of them that are compared; a second step shows what the first one changed.
 
@@ -30,6 +31,7 @@ class Case:
     class_name = None
     full, tiny = {}, {}
     reduced = None
+    batch = 1
     compared = ("one evaluation",)
     calls = 1
 
@@ -66,8 +68,8 @@ class Case:
 
     def torch_ready(self, model):
         """The model on its device and in its dtype."""
-        model = model.to(torch_device())
-        return model if self.dtype == jnp.float32 else model.to(self.torch_dtype())
+        model = model if self.dtype == jnp.float32 else model.to(self.torch_dtype())
+        return model.to(torch_device())
 
     def torch_dtype(self):
         import torch

@@ -22,6 +22,7 @@ CASES = {
     "controlnet_sd15_512": controlled.ControlNetUNet,
     "denoise_step_xl_512": steps.DenoiseStep,
     "lcd_step_xl_512": steps.LCDStep,
+    "lcd_step_xl_512_deep": steps.LCDFullStep,
     "controlnet_xs_step_sd15_512": steps.ControlNetXSStep,
     "controlnet_xs_step_sd15_256": steps.ControlNetXSStep256,
     "controlnet_step_sd15_512": steps.ControlNetStep,

@@ -37,10 +37,10 @@ class PixArt(Case):
     def inputs(self):
         side, tokens = self.config["sample_size"], self.given["tokens"]
         cond = {
-            "text": normal(1, tokens, self.config["caption_channels"]),
-            "text_mask": np.ones((1, tokens), np.int32),
+            "text": normal(self.batch, tokens, self.config["caption_channels"]),
+            "text_mask": np.ones((self.batch, tokens), np.int32),
         }
-        return normal(1, side, side, 4), cond
+        return normal(self.batch, side, side, 4), cond
 
     def functions(self):
         denoise = sampling.denoiser(self.module)

@@ -1,8 +1,8 @@
 """Text encoding and few-step sampling in one program, for `python -m eval.benchmark` on a GPU.
 
 T5-XXL's encoder, then PixArt-XL/2 at 1024 px with its sizes as conditions and LCM's steps without
-guidance: what a call of the pipeline does before the decoder. About 23 GB of float32 weights a
-side; in bfloat16 it fits a card of 80 GB with both sides.
+guidance: what a call of the pipeline does before the decoder. About 22 GB of float32 weights a
+side on the host; in bfloat16 about 11 GB a side on the card.
 """
 
 import jax

@@ -1,6 +1,6 @@
 """Train steps for `python -m eval.benchmark`: `train.step` beside the same step in PyTorch.
 
-Batch 1, AdamW, an average of what is trained, and the norm of the gradient on both sides. Both take
+AdamW, an average of what is trained, and the norm of the gradient on both sides. Both take
 the same timesteps and noise in the first two steps, whose losses and norms are compared; the second
 one's also say what the first step changed.
 """
@@ -191,7 +191,8 @@ class DenoiseStep(TrainStep, PixArt):
         return objectives.denoise(sampling.denoiser(self.module), self.schedule())
 
     def closed(self):
-        return closed_forms.train_step(closed_forms.pixart(self.module, self.given["tokens"]))
+        once = self.batch * closed_forms.pixart(self.module, self.given["tokens"])
+        return closed_forms.train_step(once)
 
 
 class LCDStep(DenoiseStep):
@@ -211,7 +212,8 @@ class LCDStep(DenoiseStep):
         return objectives.consistency(denoise, denoise, self.schedule())
 
     def closed(self):
-        return closed_forms.lcd_step(closed_forms.pixart(self.module, self.given["tokens"]))
+        once = self.batch * closed_forms.pixart(self.module, self.given["tokens"])
+        return closed_forms.lcd_step(once)
 
     def frozen(self, params):
         return {"teacher": params}
@@ -250,6 +252,12 @@ class LCDStep(DenoiseStep):
             return ((error**2 + 1e-6).sqrt() - 1e-3).mean()
 
         return loss
+
+
+class LCDFullStep(LCDStep):
+    """The same with all 28 blocks and four pictures, for a GPU."""
+
+    full, batch, reduced = PixArt.full, 4, None
 
 
 class ControlStep(TrainStep):

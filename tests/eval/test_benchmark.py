@@ -69,7 +69,8 @@ def test_peak_memory_sees_what_a_call_allocates_and_frees():
 
 
 SAME_AT_TINY_SIZE = {
-    "pixart_xl_256", "clip_text_h", "controlnet_xs_step_sd15_256", "controlnet_shallow_step_sd15_512"
+    "pixart_xl_256", "clip_text_h", "lcd_step_xl_512_deep", "controlnet_xs_step_sd15_256",
+    "controlnet_shallow_step_sd15_512",
 }  # fmt: skip
 LONG = {"controlnet_sd15_512", "controlnet_step_sd15_512"}
 
