@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from absl import flags
+from absl import flags, logging
 
 from cnxs_jax import errors
 from cnxs_jax.diffusion import guidance, sampling, schedule, solvers
@@ -119,6 +119,7 @@ def markdown(found):
 def main(argv):
     if len(argv) > 1:
         raise errors.ConfigError(f"unknown argument {argv[1]!r}", "command line", "see --help")
+    logging.set_verbosity(logging.WARNING)  # JAX says at length which backends are not there
     names = [ONLY.value] if ONLY.value else list(CLAIMS)
     found = {name: CLAIMS[name](SIZE.value) for name in names}
     text = markdown(found)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-from absl import flags
+from absl import flags, logging
 
 from cnxs_jax import backend, errors
 from cnxs_jax.storage import write_json, write_text
@@ -129,6 +129,7 @@ def table(found, card):
 def main(argv):
     if len(argv) > 1:
         raise errors.ConfigError(f"unknown argument {argv[1]!r}", "command line", "see --help")
+    logging.set_verbosity(logging.WARNING)  # JAX says at length which backends are not there
     card = CARDS[CARD.value]
     found = {k: work(p, card) for k, p in programs(SIZE.value, STEPS.value).items()}
     text = table(found, card)

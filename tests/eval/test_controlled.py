@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from cnxs_jax.control import controlnet_xs
+from cnxs_jax.control.controlnet_transformer import ControlNetTransformer
 from cnxs_jax.convert import families
 from cnxs_jax.errors import ConfigError
 from cnxs_jax.pipelines import load
 from cnxs_jax.pipelines.pipeline import save_pipeline
 from eval import controlled, plan, recipe
-from tests.pipelines import tiny_sd
+from tests.pipelines import tiny
 
 METRICS = ("control_edges", "control_masks")
 GIVEN = {"metrics": METRICS, "num_prompts": 3, "num_real": 3, "batch_size": 3, "steps": 1}
@@ -23,22 +23,18 @@ GIVEN = {"metrics": METRICS, "num_prompts": 3, "num_real": 3, "batch_size": 3, "
 def trained(tmp_path_factory):
     """(config, workdir) as a run leaves them."""
     root = tmp_path_factory.mktemp("run")
-    pipe = tiny_sd.pipeline(root / "words")
-    save_pipeline(pipe, root / "base")
-    adapter = controlnet_xs.from_unet(
-        pipe.components["unet"].module, block_out_channels=(4, 6), num_attention_heads=2,
-        conditioning_embedding_out_channels=(4, 6),
-    )  # fmt: skip
+    save_pipeline(tiny.pipeline(root / "words"), root / "base")
+    adapter = ControlNetTransformer(num_layers=1, num_attention_heads=2, attention_head_dim=12)
     rng = np.random.default_rng(0)
     params = jax.tree.map(
         lambda s: rng.normal(0, 0.3, s.shape).astype(np.float32), families.shapes(adapter)
     )
-    load.save_model(adapter, params, root / "xs" / "export" / "controlnet")
+    load.save_model(adapter, params, root / "run" / "export" / "controlnet")
     config = ConfigDict({
-        "task": "train.tasks_unet:controller", "base_path": "{workdir}/../base",
-        "data": {"source": "emoji_scenes", "size": tiny_sd.SIDE, "hint": "lines"},
+        "task": "train.tasks_control:controller", "base_path": "{workdir}/../base",
+        "data": {"source": "emoji_scenes", "size": tiny.SIDE},
     })  # fmt: skip
-    return config, root / "xs"
+    return config, root / "run"
 
 
 def test_the_report_has_the_base_and_the_controller(trained, tmp_path):
@@ -65,7 +61,7 @@ def test_the_report_has_the_base_and_the_controller(trained, tmp_path):
 def test_another_hint_and_missing_controllers_are_refused(trained, tmp_path):
     config, workdir = trained
     with pytest.raises(ConfigError, match="no controller yet"):
-        controlled.main(config, tmp_path / "absent" / "xs", out=tmp_path, **GIVEN)
+        controlled.main(config, tmp_path / "absent" / "run", out=tmp_path, **GIVEN)
     assert recipe.controller(ConfigDict({"task": "train.tasks:distil"}), workdir) is None
     wrong = ConfigDict(config.to_dict() | {"data": {"source": "emoji_scenes", "size": 32}})
     with pytest.raises(ConfigError, match="draws 16 x 16 pixels, the scenes have 32 x 32"):
