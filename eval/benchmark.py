@@ -24,7 +24,7 @@ from absl import flags
 from cnxs_jax import errors
 from cnxs_jax.storage import write_json, write_text
 from eval import benchmark_start, flops
-from eval.benchmark_case import torch_device
+from eval.benchmark_case import to_numpy, torch_device
 from eval.benchmark_cases import CASES
 
 CASE = flags.DEFINE_enum("case", "pixart_xl_512", list(CASES), "What to time.")
@@ -74,7 +74,7 @@ def programs_of(case, compiled_side=False):
     different = differences(sides, case.compared, case.calls)
     programs = []
     for name, (_, closed) in case.functions().items():
-        each = {side: finished(programs[name]) for side, programs in sides.items()}
+        each = {side: finished(runs[name]) for side, runs in sides.items()}
         own = compiled[name]
         programs.append(Program(name, each, count(own), closed, reserved(own)))
     return programs, seconds, different
@@ -85,12 +85,10 @@ def differences(sides, compared, calls):
 
     A later call of a train step shows what the earlier ones changed.
     """
-    from eval.benchmark_case import to_numpy
-
     found = dict.fromkeys(list(sides)[1:], 0.0)
     for name in compared:
         for _ in range(calls):
-            a, *others = (to_numpy(programs[name]()) for programs in sides.values())
+            a, *others = (to_numpy(runs[name]()) for runs in sides.values())
             for side, b in zip(found, others, strict=True):
                 # Losses and norms each in parts of themselves, pictures of their largest value.
                 scale = np.abs(b) if b.ndim == 1 else np.abs(b).max()

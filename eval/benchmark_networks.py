@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cnxs_jax import backend
 from cnxs_jax.convert import unet as unets
 from cnxs_jax.diffusion import sampling, schedule, solvers
 from eval import closed_forms
@@ -265,5 +266,5 @@ class UNet(Case):
 
 def up_taps():
     """On a CPU our convolution after a doubling is four convolutions of 2x2 (`models.conv`)."""
-    cpu = jax.default_backend() == "cpu"
+    cpu = backend.current() == "cpu"
     return closed_forms.PHASE_TAPS if cpu else closed_forms.UP_TAPS

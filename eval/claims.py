@@ -1,7 +1,8 @@
 """What the papers' headline claims come to in FLOPs: counted programs, nothing is timed.
 
-Each program is lowered at its published size without weights and walked (`eval.flops`); the closed
-form stands beside it. Memory and seconds are other questions: `eval.benchmark` measures them.
+Each program is lowered at its published size without weights, as for an accelerator (on a CPU some
+convolutions have a form with fewer products), and walked (`eval.flops`); the closed form stands
+beside it. Memory and seconds are other questions: `eval.benchmark` measures them.
 
   python -m eval.claims                       # minutes, 2 GB
   python -m eval.claims --only=control --out=runs/claims
@@ -14,7 +15,7 @@ import jax
 import numpy as np
 from absl import flags, logging
 
-from cnxs_jax import errors
+from cnxs_jax import backend, errors
 from cnxs_jax.diffusion import guidance, sampling, schedule, solvers
 from cnxs_jax.storage import write_json, write_text
 from eval import closed_forms, flops
@@ -121,7 +122,8 @@ def main(argv):
         raise errors.ConfigError(f"unknown argument {argv[1]!r}", "command line", "see --help")
     logging.set_verbosity(logging.WARNING)  # JAX says at length which backends are not there
     names = [ONLY.value] if ONLY.value else list(CLAIMS)
-    found = {name: CLAIMS[name](SIZE.value) for name in names}
+    with backend.assume(backend.ACCELERATOR):
+        found = {name: CLAIMS[name](SIZE.value) for name in names}
     text = markdown(found)
     print(text)
     if OUT.value:
