@@ -12,6 +12,7 @@ from cnxs_jax.convert import families
 from cnxs_jax.errors import ConfigError
 from cnxs_jax.pipelines import load
 from cnxs_jax.pipelines.pipeline import save_pipeline
+from configs import controlnet_xs, pixart_control, pixart_lcm
 from eval import controlled, plan, recipe
 from tests.pipelines import tiny
 
@@ -75,3 +76,12 @@ def test_a_sweep_has_both_lines():
         ("controller", 3),
     ]  # fmt: skip
     assert len({r.slug for r in found}) == 4
+
+
+def test_the_shipped_recipes_of_controllers_say_what_they_are():
+    hints = {"canny": controlnet_xs.get_config("sd15"), "lines": controlnet_xs.get_config()}
+    for hint, config in hints.items():
+        _, adapter, found = recipe.controller(config, "RUN")
+        assert (adapter, found) == ("RUN/export/controlnet", hint)
+    assert recipe.controller(pixart_control.get_config(), "RUN")[2] == "lines"
+    assert recipe.controller(pixart_lcm.get_config(), "RUN") is None
