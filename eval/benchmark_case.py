@@ -110,11 +110,17 @@ class Case:
         """Shapes of the parameters in the dtype of the weights."""
         return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, self.dtype), self.shapes)
 
-    def lower(self, params=None):
-        """{program: `jax.stages.Lowered`}; on abstract parameters unless given."""
+    def lower(self, params=None, only=None):
+        """{program: `jax.stages.Lowered`}; on abstract parameters unless given.
+
+        Args:
+            only: the name of one program.
+        """
         params = self.abstract() if params is None else params
         return {
-            k: jax.jit(f).lower(params, *self.inputs()) for k, (f, _) in self.functions().items()
+            k: jax.jit(f).lower(params, *self.inputs())
+            for k, (f, _) in self.functions().items()
+            if only in (None, k)
         }
 
     def runners(self, compiled, params):

@@ -84,7 +84,7 @@ class TrainStep:
         init = lambda params: step.init_state(self.trained(params), tx)  # noqa: E731
         return init, jax.jit(step.make_step(self.objective(), tx, EMA_DECAY), donate_argnums=0)
 
-    def lower(self, params=None):
+    def lower(self, params=None, only=None):
         params = self.abstract() if params is None else params
         init, run = self._step()
         state = jax.eval_shape(init, params)
