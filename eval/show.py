@@ -92,9 +92,11 @@ def _heading(row):
         return row.method
     solver = row.scheduler
     if row.model != "pipeline":
-        solver = row.method.removeprefix(row.model).split(",")[0].strip() or "consistency"
+        solver = row.method.removeprefix(row.model).split(",")[0].strip()
+    if row.model == "student":
+        solver = solver or "consistency"
     scale = f"scale {row.guidance_scale:g}" if row.guidance_scale is not None else ""
-    steps = f"{row.steps} {'guided ' * row.guided}step{'s' * (row.steps > 1)}"
+    steps = "guided\n" * row.guided + f"{row.steps} step{'s' * (row.steps > 1)}"
     evaluations = f"{row.evaluations} evaluation{'s' * (row.evaluations > 1)}"
     return "\n".join(filter(None, (row.model, solver, scale, steps, evaluations)))
 

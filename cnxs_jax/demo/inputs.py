@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cnxs_jax.control import hints
+from cnxs_jax.control import hed, hints
 from cnxs_jax.control.paint import colour_masks
 from cnxs_jax.errors import ConfigError
 from cnxs_jax.pipelines.request import MAX_PROMPT
@@ -28,7 +28,7 @@ DATA_URL = re.compile(r"data:image/(?:png|jpeg|webp);base64,")
 # What is painted with: far apart, so that blended edges are none of them.
 COLOURS = {"#e6194b": "red", "#3cb44b": "green", "#4363d8": "blue", "#ffe119": "yellow"}
 AS_IT_IS = "as it is"
-HINTS = (AS_IT_IS, *(name for name, hint in hints.HINTS.items() if hint.source == "image"))
+HINTS = (AS_IT_IS, "canny", *(("hed",) if hed.packaged() else ()))  # those that pictures have
 
 
 @dataclasses.dataclass(frozen=True)
