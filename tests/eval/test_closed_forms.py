@@ -136,7 +136,9 @@ SMALL = UNet(
 )
 
 
-@pytest.mark.parametrize("kind", ["ControlNet", "ControlNet-XS"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("ControlNet", marks=pytest.mark.slow), "ControlNet-XS"]
+)
 def test_controlled_programs_at_small_widths(kind):
     """What is counted in ours: an evaluation, what the steps share, the gradient of the adapter."""
     adapter = controlnet.from_unet(SMALL)
@@ -170,9 +172,10 @@ SLOW = (
     "controlnet_step_sd15_512",
     "controlnet_xs_step_sd15_512",
     "clip_text_bigg",
+    "pixart_xl_1024_text",
 )
 OTHERS = [
-    "t5_xxl", "denoise_step_xl_512", "lcd_step_xl_512", "pixart_xl_1024_text",
+    "t5_xxl", "denoise_step_xl_512", "lcd_step_xl_512",
     *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW),
 ]  # fmt: skip
 

@@ -10,6 +10,7 @@ from cnxs_jax.data import shapes
 from cnxs_jax.data.scenes import make_scene
 from cnxs_jax.models.dit import PixArt
 from cnxs_jax.models.unet import UNet
+from tests.pipelines import tiny
 from train import layout, tasks
 
 DIT = PixArt(
@@ -54,7 +55,7 @@ def test_a_network_learns_from_the_head_alone_where_a_word_belongs():
     With the head's loss alone the tokens of unseen noise name the right concept on each side.
     """
     rng = np.random.default_rng(0)
-    params = {"transformer": DIT.init(
+    params = {"transformer": jax.jit(DIT.init)(
         jax.random.key(0), jnp.zeros((1, 8, 8, 4)), jnp.zeros(1), {"text": jnp.zeros((1, 2, 8))}
     )["params"]}  # fmt: skip
     params = layout.with_head(params, DIT.features, 2)
@@ -97,7 +98,7 @@ def test_the_features_of_a_unet_are_read_where_the_text_has_been_heard():
     rng = np.random.default_rng(0)
     x, text = rng.normal(size=(1, 8, 8, 4)), rng.normal(size=(2, 1, 3, 8))
     args = x, jnp.full(1, 700), {"text": text[0]}
-    params = unet.init(jax.random.key(0), *args)["params"]
+    params = tiny.perturbed(unet, *args)
     run = jax.jit(layout.tapped_unet(unet))
     out, tokens = run(params, *args)
     plain = jax.jit(unet.apply)({"params": params}, *args)
