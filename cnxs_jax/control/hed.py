@@ -142,13 +142,13 @@ def read_h5(path):
     return found
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def detect(module, params, images):
-    """Edges float32 [B,H,W] in (0, 1) of pictures [B,H,W,3], uint8 or in [0, 1]. Also traced.
+    """Edges float32 [B,H,W] in (0, 1) of uint8 pictures [B,H,W,3].
 
     Pictures with a side below `SMALLEST` are seen enlarged, and their edges averaged back.
     """
-    x = jnp.asarray(images)
-    x = x.astype(jnp.float32) / 255.0 if x.dtype == jnp.uint8 else x
+    x = images.astype(jnp.float32) / 255.0
     batch, height, width, _ = x.shape
     times = -(-SMALLEST // min(height, width))
     if times == 1:
@@ -156,11 +156,6 @@ def detect(module, params, images):
     x = jax.image.resize(x, (batch, times * height, times * width, 3), "bilinear")
     edges = module.apply({"params": params}, x)
     return edges.reshape(batch, height, times, width, times).mean((2, 4))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _detect(module, params, images):
-    return detect(module, params, images)
 
 
 @functools.cache
@@ -180,4 +175,4 @@ def edges(images, path=None):
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
         what = f"expected uint8 pictures [B,H,W,3], got {images.dtype} {list(images.shape)}"
         raise ConfigError(what, "hed")
-    return np.asarray(_detect(*_opened(str(weights_path(path))), images))
+    return np.asarray(detect(*_opened(str(weights_path(path))), images))

@@ -41,7 +41,7 @@ class Hint(NamedTuple):
 
 def line_art(edges):
     """Edge maps [B,H,W], bool or 0/1 -> white lines on black. Also of traced arrays."""
-    return three_channels((edges > 0).astype(np.float32))
+    return _three_channels((edges > 0).astype(np.float32))
 
 
 def depth(ranks):
@@ -49,7 +49,7 @@ def depth(ranks):
 
     Also of traced arrays.
     """
-    return three_channels(ranks.astype(np.float32) / np.float32(NEAREST))
+    return _three_channels(ranks.astype(np.float32) / np.float32(NEAREST))
 
 
 def segmentation(labels):
@@ -87,7 +87,7 @@ def hed(images, path=None):
 
     Raises ConfigError and CheckpointError as `control.hed.edges` does.
     """
-    return three_channels(detector.edges(images, path))
+    return _three_channels(detector.edges(images, path))
 
 
 def canny(images, low=100, high=200, rng=None):
@@ -171,7 +171,7 @@ def _connected(weak, strong):
     return kept
 
 
-def three_channels(values_BxHxW):
+def _three_channels(values_BxHxW):
     """[B,H,W] -> [B,H,W,3], of numpy and of traced arrays alike."""
     return values_BxHxW[..., None] * np.ones((1, 1, 1, 3), np.float32)
 
