@@ -72,11 +72,14 @@ SAME_AT_TINY_SIZE = {
     "pixart_xl_256", "clip_text_h", "lcd_step_xl_512_deep", "controlnet_xs_step_sd15_256",
     "controlnet_shallow_step_sd15_512",
 }  # fmt: skip
-LONG = {"controlnet_sd15_512", "controlnet_step_sd15_512"}
+LONG = {
+    "controlnet_sd15_512", "controlnet_step_sd15_512", "controlnet_xs_sd15_512",
+    "controlnet_xs_step_sd15_512", "denoise_step_xl_512",
+}  # fmt: skip
 
 
 def slow_if_alike(name):
-    """Cases whose tiny size is another one's, or nearly so, are slow checks."""
+    """Cases whose tiny size is another one's, or compiles for long, are slow checks."""
     slow = name in SAME_AT_TINY_SIZE | LONG
     return pytest.param(name, marks=pytest.mark.slow) if slow else name
 

@@ -48,7 +48,7 @@ def controlled(base, copy, arguments, scale):
     return base(**arguments, **residuals).sample
 
 
-@pytest.mark.parametrize("name", xs_models.CASES)
+@pytest.mark.parametrize("name", ["sd", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_forward_and_gradients(opened, name):
     models, loaded = opened(name)
     base, base_params, adapter, own = loaded

@@ -16,9 +16,14 @@ PROMPTS = ["a tiger left of a carrot, 3d style", "a penguin on a blue background
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs"), [("dpmpp", DPMSolverMultistepScheduler), ("ddim", DDIMScheduler)]
+    ("ours", "theirs", "steps"),
+    [
+        ("dpmpp", DPMSolverMultistepScheduler, 4),
+        ("dpmpp", DPMSolverMultistepScheduler, 20),
+        ("ddim", DDIMScheduler, 4),
+        pytest.param("ddim", DDIMScheduler, 20, marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("steps", [4, 20])
 def test_same_picture(ours, theirs, steps):
     pipe = cnxs_jax.load_pipeline(SHIPPED, scheduler=ours)
     other = PixArtAlphaPipeline.from_pretrained(SHIPPED, torch_dtype=torch.float32)

@@ -3,7 +3,6 @@
 The networks are a small PixArt DiT with its T5 (`tests.train.small`); no config names a rule.
 """
 
-import functools
 import math
 from types import SimpleNamespace
 
@@ -32,16 +31,9 @@ TASKS = ("denoise", "consistency")
 
 @pytest.fixture(scope="module", autouse=True)
 def programs():
-    """The programs that people run.
-
-    The blocks are scanned as they are on a TPU; a CPU would write a small network out. And the
-    compiler does all that it does by default: the suite's own level (`tests/conftest.py`) sums in
-    another order on eight devices, 3e-5 after 20 steps.
-    """
-    level = {"xla_backend_optimization_level": "3"}
+    """The blocks are scanned as they are on a TPU; a CPU would write a small network out."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dit, "unrolled", lambda *_: 1)
-        patch.setattr(loop.jax, "jit", functools.partial(jax.jit, compiler_options=level))
         yield
 
 

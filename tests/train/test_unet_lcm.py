@@ -77,6 +77,7 @@ def run(teacher, tmp_path_factory):
     return steps(config_of(teacher), tmp_path_factory.mktemp("run"))
 
 
+@pytest.mark.slow
 def test_the_student_starts_as_its_teacher(teacher, run):
     """It has the embedding's projection beyond it, which is zero: omega changes nothing yet."""
     fit, (start, frozen), batches, _ = run
@@ -95,6 +96,7 @@ def test_the_student_starts_as_its_teacher(teacher, run):
     np.testing.assert_allclose(out, expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_embedding_is_learned_and_the_teacher_stays(run):
     fit, (start, frozen), _, metrics = run
     assert all(m["finite"] and m["grad_norm"] > 0 for m in metrics)
@@ -133,6 +135,7 @@ def test_omega_is_drawn_for_each_picture_and_given_to_both(monkeypatch):
     np.testing.assert_array_equal(again, omega[:3])
 
 
+@pytest.mark.slow
 def test_the_export_takes_guidance_as_an_input(run, tmp_path):
     fit, *_ = run
     fit.task.export(fit.state.ema, fit.frozen, fit.encoders, tmp_path / "export")
