@@ -22,7 +22,7 @@ Where this recipe differs from the paper (P) or the released script (S), and why
     replaced by the empty prompt.
   - The hint (`data.hint`) is "lines" in :tiny, the exact edge map of the embedded scenes. The
     published sizes have HED edges ("hed") of any pictures, by an installed package's weights or by
-    PixArt's ControlNetHED.pth (`data.hint_path`; see `cnxs_jax.control.hed`). "canny" needs no
+    PixArt's ControlNetHED.pth (`data.hint_path`; see `cnxs_jax.convert.hed`). "canny" needs no
     weights; its two thresholds are drawn for each picture.
   - :tiny learns at 1e-3 with clipping at 1: the published values belong to another size.
 
@@ -86,6 +86,7 @@ def tiny():
     config = published()
     config.base_path = "{assets}/pixart_tiny"
     config.dtype = "float32"
+    config.matmul_precision = "auto"
     config.control.num_layers = 3
     config.data.hint = "lines"
     config.data.size = 64

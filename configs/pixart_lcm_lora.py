@@ -72,6 +72,7 @@ def tiny():
     config = published()
     config.teacher_path = "{assets}/pixart_tiny"
     config.dtype = "float32"
+    config.matmul_precision = "auto"
     config.lora = ConfigDict({"rank": 4, "alpha": 4.0, "targets": ATTENTION})
     config.data.size = 64
     config.data.max_length = 24

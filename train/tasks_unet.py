@@ -246,12 +246,7 @@ def check_length(config, tokenizer, text):
 
 def controller(config):
     """Trains a controller on the pipeline at `base_path` and exports it in diffusers' layout."""
-    path = config.base_path
-    tokenizers, nets = open_base(config, path)
-    tokenize = networks_unet.tokenizing(tokenizers)
-    options = {"tokenizer_path": f"{path}/tokenizer", "keys": ARRAYS, "tokenize": tokenize}
-    loader, tokenizer = inputs.open_loader(config, **options)
-    empty = inputs.tokens(config, tokenizer, [""], tokenize)
+    nets, tokenizers, loader, empty = opened(config, config.base_path, ARRAYS)
     task, module = controlled(config, nets, empty)
     sample = sampler(config, module, nets.bare, tokenizers)
 
@@ -263,8 +258,11 @@ def controller(config):
     return task._replace(loader=loader, sample=sample, export=export)
 
 
-def open_base(config, path):
-    """`(tokenizers, networks)` of the pipeline at `path`, checked against the config."""
+def opened(config, path, keys=("image",)):
+    """The pipeline at `path`, checked against the config, and the data as it reads them.
+
+    Returns `(networks, tokenizers, loader of the arrays `keys`, ids of the empty prompt)`.
+    """
     nets = networks_unet.load(config, path)
     names = ("tokenizer", "tokenizer_2")[: len(nets.texts)]
     tokenizers = tuple(texts.load_tokenizer(f"{path}/{name}") for name in names)
@@ -272,7 +270,10 @@ def open_base(config, path):
     check_length(config, tokenizers[0], nets.texts[0][0])
     width = sum(module.hidden_size for module, _ in nets.texts)
     networks_unet.check_fit(nets.unet, nets.vae, width, config.data.size)
-    return tokenizers, nets
+    tokenize = networks_unet.tokenizing(tokenizers)
+    options = {"tokenizer_path": f"{path}/tokenizer", "keys": keys, "tokenize": tokenize}
+    loader, tokenizer = inputs.open_loader(config, **options)
+    return nets, tokenizers, loader, inputs.tokens(config, tokenizer, [""], tokenize)
 
 
 def controlled(config, nets, empty):

@@ -26,7 +26,7 @@ from train.parts import (
     with_adapter_file,
 )
 from train.tasks import CONSISTENCY, check_distill
-from train.tasks_unet import check_pictures, open_base
+from train.tasks_unet import check_pictures, opened
 
 KEYS = {
     "distill": {
@@ -77,12 +77,7 @@ CONFLICTS = {"distill": check_student}
 
 def distill(config):
     """Distils the pipeline at `teacher_path`; exports a pipeline with an LCMScheduler."""
-    path = config.teacher_path
-    tokenizers, nets = open_base(config, path)
-    tokenize = networks_unet.tokenizing(tokenizers)
-    options = {"tokenizer_path": f"{path}/tokenizer", "tokenize": tokenize}
-    loader, tokenizer = inputs.open_loader(config, **options)
-    empty = inputs.tokens(config, tokenizer, [""], tokenize)
+    nets, tokenizers, loader, empty = opened(config, config.teacher_path)
     task, (student, resolve) = distillation(config, nets, empty)
     nets = nets.bare  # the functions below keep no second teacher
 

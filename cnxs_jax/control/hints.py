@@ -83,7 +83,7 @@ def hed(images, path=None):
 
     Args:
         path: the detector's weights; those of an installed package unless given
-            (`cnxs_jax.control.hed`).
+            (`cnxs_jax.convert.hed`).
 
     Raises ConfigError and CheckpointError as `control.hed.edges` does.
     """

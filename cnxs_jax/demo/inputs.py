@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from cnxs_jax.control import hed, hints
+from cnxs_jax.control import hints
 from cnxs_jax.control.paint import colour_masks
+from cnxs_jax.convert import hed
 from cnxs_jax.errors import ConfigError
 from cnxs_jax.pipelines.request import MAX_PROMPT
 

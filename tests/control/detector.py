@@ -4,8 +4,7 @@ import jax
 import numpy as np
 
 from cnxs_jax import tree
-from cnxs_jax.control import hed
-from cnxs_jax.convert import files, rules
+from cnxs_jax.convert import files, hed, rules
 
 WIDTHS = (4, 4, 6, 6, 6)
 

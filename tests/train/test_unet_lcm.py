@@ -157,12 +157,12 @@ def test_the_teachers_conditions_are_the_pipelines(kind, teacher, tmp_path):
     """Text, pooled text, sizes, and what its unconditional half sees."""
     path = teacher if kind == "base" else saved(tmp_path, xl=True)
     config = config_of(path)
-    tokenizers, nets = tasks_unet_lcm.open_base(config, path)
+    nets, tokenizers, _, empty = tasks_unet_lcm.opened(config, path)
     pipe, captions = cnxs_jax.load_pipeline(path), ["a boat", "a red fox"]
     request = requests.check(captions, None, 2, 7.5, None, None, 1, 0, None, "np")
     expected = pipe.encode(request, (16, 16))
     tokenize = networks_unet.tokenizing(tokenizers)
-    empty, raw = (tasks_unet_lcm.inputs.tokens(config, None, t, tokenize) for t in ([""], captions))
+    raw = tasks_unet_lcm.inputs.tokens(config, None, captions, tokenize)
     raw["image"] = np.zeros((2, 16, 16, 3), np.uint8)
     made = jax.jit(lambda: networks_unet.guided_condition(nets, nets.encoders, raw, empty))()
     assert made.keys() == expected.keys() - {"guidance_scale"}

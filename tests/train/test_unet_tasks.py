@@ -166,12 +166,12 @@ def test_controlnet_is_the_same_recipe(base):
 def test_the_condition_is_the_pipelines(kind, request_of, request):
     """Text, pooled text, sizes and what takes their place, of kept and of dropped captions."""
     path = request.getfixturevalue(kind)
-    tokenizers, nets = tasks_unet.open_base(config_of(path), path)
+    config = config_of(path)
+    nets, tokenizers, _, empty = tasks_unet.opened(config, path)
     pipe = cnxs_jax.load_pipeline(path)
     captions = ["a boat", "a red fox"]
     expected = pipe.encode(request_of(captions), (16, 16))
-    config, tokenize = config_of(path), networks_unet.tokenizing(tokenizers)
-    empty, raw = (inputs.tokens(config, None, t, tokenize) for t in ([""], captions))
+    raw = inputs.tokens(config, None, captions, networks_unet.tokenizing(tokenizers))
     raw["image"] = np.zeros((2, 16, 16, 3), np.uint8)
     made = jax.jit(
         lambda rate: networks_unet.condition(
