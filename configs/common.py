@@ -55,6 +55,22 @@ def betas(name, start, end):
     return ConfigDict({"name": name, "beta_start": start, "beta_end": end, "num_steps": 1000})
 
 
+def report(steps, **own):
+    """What a finished run on scenes draws and measures, small enough for two cores."""
+    return ConfigDict({"num_prompts": 64, "num_real": 1000, "steps": steps, **own})
+
+
+def student_report():
+    """The comparison of a student with its teacher, with one solver of the teacher's."""
+    return report((1, 2, 4, 8), reference_steps=50, solvers=("DPM-Solver++",))
+
+
+def controller_report():
+    """The base with and without its controller against the truth of the scenes."""
+    metrics = ("control_edges", "control_masks", "scene_accuracy")
+    return report((20,), guidance_scale=3.0, metrics=metrics)
+
+
 def large(config, size, max_length):
     """Makes it a run of a published size: bfloat16, parameters split over all devices."""
     config.dtype = "bfloat16"

@@ -144,11 +144,13 @@ def tiny():
     config.data.hint = "lines"
     config.data.size = 64
     config.data.max_length = 24
+    config.report = common.controller_report()
     return config
 
 
 def smoke(config):
     """A few steps on the base of `configs/sd.py:smoke`, to test the plumbing."""
+    config.report = None
     common.short(config, steps=4, save_every=2)
     config.data.size = 32
     config.control.block_out_channels = (4, 8)

@@ -100,11 +100,13 @@ def tiny():
         weight_decay=0.01, clip_norm=1.0,
     )  # fmt: skip
     config.objective.prediction = "v_prediction"
+    config.report = common.controller_report()
     return config
 
 
 def smoke(config):
     """A few steps, to test the plumbing."""
+    config.report = None
     return common.short(config, steps=4, save_every=2)
 
 

@@ -105,12 +105,7 @@ def tiny():
     )
     config.objective.prediction = "v_prediction"
     config.objective.omega = 2.0
-    config.report = ConfigDict()
-    config.report.num_prompts = 64  # what ten minutes on two cores allow
-    config.report.num_real = 1000
-    config.report.steps = (1, 2, 4, 8)
-    config.report.reference_steps = 50
-    config.report.solvers = ("DPM-Solver++",)
+    config.report = common.student_report()
     return config
 
 

@@ -29,7 +29,6 @@ VARIANTS = ("tiny", "smoke", *common.PIXART)
 TARGETS = (
     r"(.*/)?(to_q|to_k|to_v|to_out_0|net_0/proj|net_2|proj|proj_out|linear|linear_1|linear_2)/kernel",
 )
-ATTENTION = (r".*/(to_q|to_k|to_v|to_out_0)/kernel",)
 
 
 def get_config(variant="tiny"):
@@ -73,19 +72,21 @@ def tiny():
     config.teacher_path = "{assets}/pixart_tiny"
     config.dtype = "float32"
     config.matmul_precision = "auto"
-    config.lora = ConfigDict({"rank": 4, "alpha": 4.0, "targets": ATTENTION})
+    config.lora = ConfigDict({"rank": 4, "alpha": 4.0, "targets": TARGETS})
     config.data.size = 64
     config.data.max_length = 24
-    config.steps = 300
+    config.steps = 800
     config.save_every = 100
     config.sample_every = 100
     config.optimizer.update(learning_rate=1e-3, schedule="cosine", warmup_steps=20, final_scale=0.1)
     config.objective.prediction = "v_prediction"
+    config.report = common.student_report()
     return config
 
 
 def smoke(config):
     """A few steps, to test the plumbing."""
+    config.report = None
     return common.short(config, steps=4, save_every=2)
 
 

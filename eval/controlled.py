@@ -12,7 +12,8 @@ from cnxs_jax.errors import ConfigError
 from eval import draw, measures, plan, recipe, run, show
 
 
-def main(config, workdir, *, out=None, sweep=(), steps=None, guidance_scale=None, **options):
+def main(config, workdir, *, out=None, sweep=(), steps=None, guidance_scale=None, summary=None,
+         **options):  # fmt: skip
     """Evaluates a controller on held-out scenes; the path of the report.
 
     The rows are the base alone and, with the same noise, the base with the controller, at one
@@ -23,6 +24,7 @@ def main(config, workdir, *, out=None, sweep=(), steps=None, guidance_scale=None
         out: directory of the report, `workdir`/eval by default.
         sweep: [(key, values)] of `plan.parse_sweep`.
         steps, guidance_scale: where not swept; None: the base pipeline's own.
+        summary: figures to print below the tables, such as the training cost.
         options: of `run.Options`.
 
     Raises:
@@ -64,7 +66,8 @@ def main(config, workdir, *, out=None, sweep=(), steps=None, guidance_scale=None
     gallery = draw.Gallery(
         generate, out / run.ROWS, {"pipeline": who}, options.seed, batch, options.redraw
     )
-    return run.finish(planned, gallery, options, out, matmul=config.get("matmul_precision"))
+    matmul = config.get("matmul_precision")
+    return run.finish(planned, gallery, options, out, matmul=matmul, summary=summary)
 
 
 def rows(sweep, steps, guidance_scale):

@@ -49,6 +49,11 @@ def directories(config, workdir, teacher=None, student=None):
     return {name: path for name, path in found.items() if path}
 
 
+def trains_controller(stage):
+    """Whether a stage's task is a controller's."""
+    return str(stage.get("task", "")).endswith(":controller")
+
+
 def controller(config, workdir):
     """(directory of the base pipeline, of the controller, name of its hint) of a controller's run.
 
@@ -56,7 +61,7 @@ def controller(config, workdir):
     edges.
     """
     stage, place = last_stage(config, workdir)
-    if not str(stage.get("task", "")).endswith(":controller"):
+    if not trains_controller(stage):
         return None
     hint = (stage.get("data") or {}).get("hint") or "lines"
     return fill(stage.base_path, workdir), str(place / "export" / "controlnet"), hint

@@ -1,13 +1,17 @@
 """What a finished run shows: `report.md` and `report.json`, made by `eval` with fewer pictures.
 
 `config.report` says how much is drawn: a run's own report takes a minute or two, the full figures
-come from `python -m eval --config=... --workdir=...`.
+come from `python -m eval --config=... --workdir=...`. A run on a user's own pictures has none:
+only scenes have a truth to compare with.
 """
 
 import json
 
+from cnxs_jax.data.pipeline import WORLDS
 from cnxs_jax.errors import ConfigError
 from train import validate
+
+OF_STUDENTS = ("reference_steps", "solvers")
 
 
 def check(config):
@@ -17,10 +21,16 @@ def check(config):
     """
     if not wanted(config):
         return
-    from eval import recipe  # heavy, and of no use to a run without a report
+    from eval import measures, recipe  # heavy, and of no use to a run without a report
 
+    given = config.report.to_dict()
+    if recipe.trains_controller(config):
+        for key in OF_STUDENTS:
+            if given.get(key) is not None:
+                what = f"a controller has no {key}, which are a teacher's"
+                raise ConfigError(what, f"config.report.{key}", "leave it out")
     try:
-        recipe.scenes_of(config, recipe.CHECKED)
+        recipe.scenes_of(config, given.get("metrics") or measures.USUAL)
     except ConfigError as error:
         fix = "train without a report: --config.report.num_prompts=0"
         raise ConfigError(f"no report can be made: {error.what}", error.where, fix) from None
@@ -28,24 +38,30 @@ def check(config):
 
 def wanted(config):
     """Whether the run shall have a report."""
-    return bool(config.get("report")) and config.report.num_prompts > 0
+    asked = bool(config.get("report")) and config.report.num_prompts > 0
+    return asked and (config.get("data") or {}).get("source", "emoji_scenes") in WORLDS
 
 
 def write(config, workdir):
     """The report of a run that asks for one and has none yet; its path, or None.
 
     Args:
-        config: the run's; `config.report` holds the keyword arguments of `eval.run.main`.
+        config: the run's; `config.report` holds keyword arguments of `eval.run.main`, or of
+            `eval.controlled.main`, which draws a row for each of `steps`.
         workdir: with `export/` and `metrics.jsonl`.
     """
     if not wanted(config) or (workdir / "report.md").is_file():
         return None
-    from eval import run  # heavy, and of no use to a run without a report
+    from eval import controlled, recipe, run  # heavy, and of no use to a run without a report
 
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(config.report).items()}
+    evaluate = run.main
+    if recipe.trains_controller(config):
+        evaluate, options["sweep"] = controlled.main, [("steps", options.pop("steps"))]
+    options = {k: v for k, v in options.items() if v is not None}
     summary = costs(config, workdir)
     # Newer weights draw again what older ones drew; other processes are not here.
-    return run.main(
+    return evaluate(
         config, workdir, out=workdir, summary=summary, redraw=True, alone=True, **options
     )
 

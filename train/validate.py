@@ -122,6 +122,16 @@ def solvers(value, where):
         choice(*SCHEDULERS)(name, where)
 
 
+def metrics(value, where):
+    """Names of what the report measures, likewise."""
+    from eval.measures import METRICS
+
+    if not sequence(value) or not value:
+        raise ConfigError(f"{value!r} is not a tuple of metrics", where, "write (name,)")
+    for name in value:
+        choice(*METRICS)(name, where)
+
+
 def integers(length=None, low=1):
     """A tuple of integers."""
 
@@ -209,8 +219,9 @@ COMMON = {
             "num_prompts": integer(0),
             "num_real": integer(2),
             "steps": integers(low=1),
-            "reference_steps": integer(1),
+            "reference_steps": Optional(integer(1)),
             "solvers": Optional(solvers),
+            "metrics": Optional(metrics),
             "guidance_scale": Optional(number(0)),
         }
     ),

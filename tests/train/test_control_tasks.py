@@ -1,5 +1,7 @@
 """A controller and a LoRA student, trained for a few steps on a random pipeline and exported."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,7 +74,12 @@ def lora_config(base, **options):
 
 def test_a_controller_is_trained_and_exported(base, tmp_path):
     config = control_config(base)
+    config.report = {"num_prompts": 3, "num_real": 3, "steps": (1,), "metrics": ("control_edges",)}
     loop.main(config, tmp_path)
+    told = json.loads((tmp_path / "report.json").read_text())
+    assert [row["method"] for row in told["rows"][2:]] == ["base without control", "controller"]
+    assert all(0 <= row["control_edge_f1@1px"]["value"] <= 1 for row in told["rows"])
+    assert told["summary"]["training steps"] == 3
     lines = log.read_metrics(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert all(np.isfinite(line["loss"]) for line in lines)

@@ -17,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import configs.pixart_control
 import configs.pixart_lcm
 from cnxs_jax import checkpoint, precision, sharding
 from cnxs_jax.errors import CheckpointError, ConfigError, NumericsError, Stopped
 from tests import checks
 from tests.train import toy
-from train import log, loop
+from train import log, loop, report
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -250,19 +251,9 @@ def test_processes_meet_after_every_stage(tmp_path, monkeypatch):
     assert seen == [*met[0], *met[1]]
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("source", "shapes", "the scene checker reads emoji_scenes, not shapes"),
-        ("size", 32, "the scene checker reads 64 px, not 32"),
-        ("source", "image_folder", "'image_folder' has no scenes to prompt"),
-    ],
-)
-def test_a_report_that_cannot_be_made_is_refused_before_training(
-    key, value, message, tmp_path, monkeypatch
-):
-    config = configs.pixart_lcm.get_config()
-    config.data[key] = value
+@pytest.fixture
+def not_run(monkeypatch):
+    """What a run raises in place of training."""
 
     class StartedError(Exception):
         pass
@@ -271,12 +262,43 @@ def test_a_report_that_cannot_be_made_is_refused_before_training(
         raise StartedError
 
     monkeypatch.setattr(loop, "run", start)
+    return StartedError
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("source", "shapes", "the scene checker reads emoji_scenes, not shapes"),
+        ("size", 32, "the scene checker reads 64 px, not 32"),
+    ],
+)
+def test_a_report_that_cannot_be_made_is_refused_before_training(
+    key, value, message, tmp_path, not_run
+):
+    config = configs.pixart_lcm.get_config()
+    config.data[key] = value
     with pytest.raises(ConfigError, match=message) as error:
         loop.main(config, tmp_path)
     assert error.value.where == f"config.data.{key}"
     assert "--config.report.num_prompts=0" in error.value.fix
     config.report.num_prompts = 0
-    with pytest.raises(StartedError):
+    with pytest.raises(not_run):
+        loop.main(config, tmp_path)
+
+
+def test_a_run_on_ones_own_pictures_has_no_report(tmp_path, not_run):
+    """Only scenes have a truth to compare with; nothing needs to be said."""
+    config = configs.pixart_lcm.get_config()
+    config.data.source, config.data.root = "image_folder", str(tmp_path)
+    assert not report.wanted(config)
+    with pytest.raises(not_run):
+        loop.main(config, tmp_path / "run")
+
+
+def test_a_controller_is_not_compared_with_a_teacher(tmp_path, not_run):
+    config = configs.pixart_control.get_config()
+    config.report.update(configs.pixart_lcm.get_config().report)
+    with pytest.raises(ConfigError, match="no reference_steps.*config.report.reference_steps"):
         loop.main(config, tmp_path)
 
 

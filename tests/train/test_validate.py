@@ -64,6 +64,8 @@ BAD = [
     (TOY, "report", {**REPORT, "solvers": ("DDPM",)}, 'Did you mean "DDIM"'),
     (TOY, "report", {**REPORT, "solvers": "DDIM"}, "tuple of solvers"),
     (TOY, "report", {**REPORT, "steps": 4.5}, "tuple of"),
+    (TOY, "report", {**REPORT, "metrics": ("kd",)}, 'Did you mean "kid"'),
+    (TOY, "report", {**REPORT, "metrics": "kid"}, "tuple of metrics"),
     (TOY, "freeze", "vae/.*", "write (pattern,)"),
     (TOY, "freeze", ("*",), "regular expression"),
     (TOY, "optimizer.name", "adamww", 'Did you mean "adamw"'),
@@ -209,7 +211,7 @@ def test_what_is_right_passes():
     """The counterparts of the bad rules, solvers and warm-ups."""
     values = recipe(TOY)
     values["rules"] = (("kernel", (None, ("data", "fsdp"))), ("bias", ["tensor"]))
-    values["report"] = {**REPORT, "solvers": ("DDIM", "DPM-Solver++")}
+    values["report"] = {**REPORT, "solvers": ("DDIM", "DPM-Solver++"), "metrics": ("kid",)}
     values["optimizer"]["warmup_steps"] = None
     validate.check_stage(values, "config")
 
