@@ -35,7 +35,7 @@ def main(config, workdir, *, out=None, sweep=(), steps=None, guidance_scale=None
         options, metrics=options.metrics or (*measures.CONTROL, *measures.USUAL)
     )
     out = Path(workdir) / "eval" if out is None else Path(out)
-    base, adapter, hint = recipe.controller(config, workdir)
+    base, adapter, hint, weights = recipe.controller(config, workdir)
     config, _ = recipe.last_stage(config, workdir)
     world, size = recipe.scenes_of(config, options.metrics)
     if not Path(adapter).is_dir():
@@ -43,7 +43,7 @@ def main(config, workdir, *, out=None, sweep=(), steps=None, guidance_scale=None
     digest = draw.identity(base)
     plain = cnxs_jax.load_pipeline(base, mesh=draw.local_mesh())
     pipes = {"base": plain, "controller": plain.replace(control=adapter)}
-    sets = run.scene_sets(world, size, options, options.metrics, hint)
+    sets = run.scene_sets(world, size, options, options.metrics, hint, weights)
     run.check_size(plain, sets["test"])
     steps = plain.steps if steps is None else steps
     guidance_scale = plain.guidance_scale if guidance_scale is None else guidance_scale

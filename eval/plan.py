@@ -256,15 +256,17 @@ class Plan:
         return {"method": row.method, **swept, **drawn}
 
 
-def prompts(world, split, number, seed=0, size=64, hint=None):
-    """The first `number` prompts of a split; see `Prompts`. `hint` names a control picture.
+def prompts(world, split, number, seed=0, size=64, hint=None, hint_path=None):
+    """The first `number` prompts of a split; see `Prompts`.
+
+    `hint` names a control picture; `hint_path` are the weights of one that has some.
 
     Raises:
         ConfigError: unknown split, or no prompts.
     """
     if split not in scenes.SPLITS:
-        hint = did_you_mean(split, scenes.SPLITS)
-        raise ConfigError(f"unknown split {split!r}.{hint}", "split", f"one of {scenes.SPLITS}")
+        meant = did_you_mean(split, scenes.SPLITS)
+        raise ConfigError(f"unknown split {split!r}.{meant}", "split", f"one of {scenes.SPLITS}")
     if number < 1:
         raise ConfigError(f"{number} prompts", "--num_prompts", "use at least 1")
     source = scenes.SceneSource(world, split, size, truth=hint is not None, seed=seed)
@@ -279,14 +281,14 @@ def prompts(world, split, number, seed=0, size=64, hint=None):
             next((c for c in s["prompt"]["concepts"] if (c, s["style"]) in held), None)
             for s in found
         ],
-        _truth(found, hint) if hint else None,
+        _truth(found, hint, hint_path) if hint else None,
     )
 
 
-def _truth(found, hint):
+def _truth(found, hint, path):
     """`Prompts.truth` of scenes."""
     return {
-        "hint": np.stack([hints.picture(s, hint) for s in found]),
+        "hint": np.stack([hints.picture(s, hint, path=path) for s in found]),
         "foreground": np.stack([s["masks"].any(0) for s in found]),
         "depth": np.stack([s["depth"] for s in found]),
     }

@@ -55,16 +55,17 @@ def trains_controller(stage):
 
 
 def controller(config, workdir):
-    """(directory of the base pipeline, of the controller, name of its hint) of a controller's run.
+    """(directory of the base pipeline, of the controller, its hint, that one's weights or None).
 
-    None where the run trained something else. The hint of a run without `data.hint` is the exact
-    edges.
+    None where the run trained something else than a controller. The hint of a run without
+    `data.hint` is the exact edges.
     """
     stage, place = last_stage(config, workdir)
     if not trains_controller(stage):
         return None
-    hint = (stage.get("data") or {}).get("hint") or "lines"
-    return fill(stage.base_path, workdir), str(place / "export" / "controlnet"), hint
+    data = stage.get("data") or {}
+    hint, weights = data.get("hint") or "lines", data.get("hint_path")
+    return fill(stage.base_path, workdir), str(place / "export" / "controlnet"), hint, weights
 
 
 def trained_scale(config):

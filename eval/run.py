@@ -143,12 +143,12 @@ def _wait_for_all(what):
     multihost_utils.sync_global_devices(f"eval: {what}")
 
 
-def scene_sets(world, size, options, metrics, hint=None):
+def scene_sets(world, size, options, metrics, *hint):
     """{split: Prompts}: test prompts, and the held-out splits where something reads them."""
     numbers = {"test": options.num_prompts}
     if metrics is None or "scene_accuracy" in metrics:
         numbers |= dict.fromkeys(("heldout_pairs", "heldout_relations"), options.held_out)
-    return {s: plan.prompts(world, s, n, options.seed, size, hint) for s, n in numbers.items()}
+    return {s: plan.prompts(world, s, n, options.seed, size, *hint) for s, n in numbers.items()}
 
 
 def references(options, world=None, size=None):

@@ -14,7 +14,7 @@ from cnxs_jax import tree as trees
 from cnxs_jax.convert import families, quantize
 from cnxs_jax.diffusion import solvers
 from cnxs_jax.errors import ConfigError
-from cnxs_jax.pipelines import base
+from cnxs_jax.pipelines import base, control
 from eval import flops
 from train import inputs, networks, optimizer
 from train.parts import scheduler_config
@@ -144,6 +144,8 @@ def train_stages(config, mesh):
 def sampling_stages(config, steps=4, guidance=0.0, quantized=None, tile=None, batch=1):
     """Stages of sampling one batch: text encoder, denoising loop, autoencoder.
 
+    With a controller the control picture is encoded before them.
+
     Args:
         steps: of the LCM solver.
         guidance: scale; above 1 the network runs twice a step.
@@ -163,8 +165,13 @@ def sampling_stages(config, steps=4, guidance=0.0, quantized=None, tile=None, ba
         run = traced(base.decode, vae, size=(side, side), tile=tile)
         lowered = run.lower(weights, struct(batch, *latents))
         tiled = "" if tile is None else f", tiles of {tile}"
-        name = f"autoencoder{tiled}"
-        return [text, loop, Stage(name, lowered, trees.size(weights), nbytes(weights))]
+        name, number = f"autoencoder{tiled}", trees.size(weights)
+        stages = [text, loop, Stage(name, lowered, number, nbytes(weights))]
+        if config.get("control"):
+            encode = traced(control.encode_picture, vae)
+            lowered = encode.lower(weights, struct(batch, side, side, 3))
+            stages.insert(0, Stage("control picture", lowered, number, nbytes(weights)))
+        return stages
 
 
 def latent_shape(config, found):

@@ -79,14 +79,13 @@ def raw_batch(examples, config, tokenizer, arrays, shape):
     return raw
 
 
-def records(config, recipe, nets, tokenizer, source, shard, batch_size, dtype):
+def records(config, recipe, nets, encoders, tokenizer, source, shard, batch_size, dtype):
     """Yields (number, original (height, width), record) of a shard's examples."""
     import jax
     import numpy as np
 
     from train import features
 
-    encoders = {"vae": nets.vae_params, "text_encoder": nets.text_params}
     extract = jax.jit(lambda encoders, raw: features.extract(nets, encoders, raw, recipe.hint))
     shapes = shapes_of(source, config)
     numbers = range(shard.index, len(source), shard.count)
@@ -116,6 +115,7 @@ def write(config, out, shard, dtype="float32", batch_size=8):
     Raises ConfigError, DataError: a task without frozen encoders, data without an end, features of
     other settings in `out`.
     """
+    import jax
     import jax.numpy as jnp
 
     from cnxs_jax.data import features as stored
@@ -144,13 +144,16 @@ def write(config, out, shard, dtype="float32", batch_size=8):
         return 0
     nets = networks.load_encoders(config, path)
     tokenizer = texts.load_tokenizer(f"{path}/tokenizer")
-    encoders = {"text_encoder": nets.text_params}
-    empty = features.empty_text(nets, encoders, inputs.tokens(config, tokenizer, [""]))
+    # On the device once, not with every batch.
+    encoders = jax.device_put({"vae": nets.vae_params, "text_encoder": nets.text_params})
+    ids = inputs.tokens(config, tokenizer, [""])
+    empty = jax.device_get(jax.jit(lambda e: features.empty_text(nets, e, ids))(encoders))
     stored.write_empty(out, empty["text"][0][: int(empty["text_mask"].sum())])
     arrays = ["aspect", "logvar", "mean", "size", "text", "text_mask"]
     if recipe.hint is not None:
         arrays += ["hint_logvar", "hint_mean"]
-    made = records(config, recipe, nets, tokenizer, source, shard, batch_size, jnp.dtype(dtype))
+    opened = recipe, nets, encoders, tokenizer, source
+    made = records(config, *opened, shard, batch_size, jnp.dtype(dtype))
     return stored.write(out, shard, made, {**manifest, "arrays": sorted(arrays)})
 
 

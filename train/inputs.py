@@ -8,7 +8,7 @@ import numpy as np
 
 from cnxs_jax import sharding
 from cnxs_jax.control import hints
-from cnxs_jax.data import buckets, caption_cleaning, features, pipeline, text
+from cnxs_jax.data import buckets, caption_cleaning, pipeline, text
 from cnxs_jax.errors import CheckpointError, ConfigError
 from train import validate
 
@@ -30,6 +30,9 @@ KEYS = {
 
 # Of tasks that show a control picture; `hint_path` are the weights of a hint that has some.
 HINT = {"hint": validate.choice(*hints.HINTS), "hint_path": validate.Optional(validate.text)}
+
+
+SHOWN_PIXELS = 2**20
 
 
 class Hinted:
@@ -121,7 +124,7 @@ def open_loader(
     read cached features in their place; `tokenize` treats texts as the task's pipeline does.
     """
     source = open_source(config, truth=wants_truth(keys))
-    cached = isinstance(source, features.FeatureSource)
+    cached = config.data.source == "features"
     if cached and not encoded:
         fix = "give it the data that the features were made of"
         raise ConfigError("this task reads pictures, not cached features", "data.source", fix)
@@ -161,6 +164,15 @@ def examples(config, number, keys=("image",)):
     found = [source[i % len(source)] for i in range(number)]
     stacked = {key: np.stack([e[key] for e in found]) for key in keys}
     return {**stacked, "caption": [e["caption"] for e in found]}
+
+
+def shown(config, keys=("image",)):
+    """The `examples` that a run draws as it goes: 16, fewer of large pictures.
+
+    A megapixel at once: a VAE's decoder takes a gigabyte for it, beside the training's own.
+    """
+    number = max(SHOWN_PIXELS // config.data.size**2, 1)
+    return examples(config, min(number, 16), keys)
 
 
 def tokens(config, tokenizer, captions, tokenize=caption_cleaning.tokenize):

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from cnxs_jax.convert import hed
-from cnxs_jax.data.features import FeatureSource, read_empty, weights_hash
+from cnxs_jax.data.features import read_empty, weights_hash
 from cnxs_jax.errors import ConfigError, did_you_mean
 from cnxs_jax.models.dit import PixArt
 from cnxs_jax.models.t5 import T5Encoder
@@ -141,8 +141,8 @@ def zeros(config, path):
 
 
 def encoder_hashes(path):
-    """What identifies the encoders of a pipeline's directory."""
-    return {name: weights_hash(f"{path}/{name}") for name in ("vae", "text_encoder")}
+    """What identifies the encoders of a pipeline's directory, and what gives them their tokens."""
+    return {name: weights_hash(f"{path}/{name}") for name in ("vae", "text_encoder", "tokenizer")}
 
 
 def cache_settings(config, path, hint):
@@ -161,10 +161,10 @@ def cache_settings(config, path, hint):
 
 
 def cached_source(loader, config, path, hint):
-    """The `FeatureSource` that a loader reads, checked against `config`, or None."""
-    source = loader.source
-    if not isinstance(source, FeatureSource):
+    """The source of features that a loader reads, checked against `config`, or None."""
+    if config.data.source != "features":
         return None
+    source = loader.source
     source.check(cache_settings(config, path, hint))
     return source
 
@@ -195,9 +195,6 @@ def opened(config, recipe):
         config, tokenizer_path=f"{path}/tokenizer", keys=recipe.arrays, encoded=True
     )
     source = cached_source(loader, config, path, recipe.hint)
-    if source is not None and config.get("report"):
-        what = "a report draws scenes with the text encoder, which a cached run does not load"
-        raise ConfigError(what, "config.report", "set it to None")
     nets = load(config, path, source is not None)
     check_scheduler(config, path)
     check_fit(nets.dit, nets.vae, nets.text, config.data.size)

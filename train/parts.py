@@ -148,7 +148,17 @@ def from_signed(image):
 
 def tiles(images):
     """float [N,H,W,3] in [0, 1] -> one uint8 picture, eight in a row. NumericsError on NaN."""
-    return np.asarray(make_grid(to_uint8(images), -(-len(images) // 8), 8, gap=0))
+    return _grid(images, min(8, len(images)))
+
+
+def pairs(above, below):
+    """The same of two sets, eight in a row: each row of `above` over its own of `below`."""
+    parts = [x[n : n + 8] for n in range(0, len(above), 8) for x in (above, below)]
+    return _grid(np.concatenate(parts), min(8, len(above)))
+
+
+def _grid(images, columns):
+    return np.asarray(make_grid(to_uint8(images), -(-len(images) // columns), columns, gap=0))
 
 
 def latents(vae, params, image, key):
@@ -255,7 +265,7 @@ def outputs(
             parts, tokenizer, scheduler, null_text=null, options=entries or {}
         )  # fmt: skip
 
-    captions = inputs.examples(config, 16)["caption"]
+    captions = inputs.shown(config)["caption"]
 
     def sample(ema, frozen, encoders):
         pipe = pipeline(ema, frozen, encoders)

@@ -31,11 +31,11 @@ from train.parts import (
     make,
     noise_schedule,
     outputs,
+    pairs,
     scheduler_config,
     sizes_of,
     student_of,
     t5_text,
-    tiles,
     to_signed,
     whole_mask,
     with_adapter_file,
@@ -196,12 +196,11 @@ def autoencoder(config):
         return {"x": to_signed(raw["image"]), "cond": {}}
 
     reconstruct = jax.jit(lambda p, x: apply("decode")(p, apply("encode")(p, x)[0]))
-    shown = inputs.examples(config, 16)["image"]
+    shown = inputs.shown(config)["image"]
 
     def sample(ema, frozen, encoders):
         again = reconstruct(resolve(ema, frozen), to_signed(jnp.asarray(shown)))
-        real, again = shown / 255.0, from_signed(again)
-        return tiles(np.concatenate([real[:8], again[:8], real[8:], again[8:]]))
+        return pairs(shown / 255.0, from_signed(again))
 
     def export(ema, frozen, encoders, path):
         from cnxs_jax.pipelines.load import save_model

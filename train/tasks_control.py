@@ -7,7 +7,6 @@ adapter is trained, saved and exported.
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from cnxs_jax import control
 from cnxs_jax.control.controlnet_transformer import ControlNetTransformer, from_base
@@ -15,7 +14,7 @@ from cnxs_jax.diffusion import guidance, sampling, solvers
 from cnxs_jax.errors import ConfigError
 from train import features, inputs, networks, objectives, validate
 from train.loop import Task
-from train.parts import REMAT, SCHEDULE, from_signed, noise_schedule, scheduler_config, tiles
+from train.parts import REMAT, SCHEDULE, from_signed, noise_schedule, pairs, scheduler_config
 from train.tasks import DENOISE, check_range
 
 KEYS = {
@@ -103,9 +102,9 @@ RECIPES = {"controller": networks.Recipe("base_path", controlled, ARRAYS, hint_p
 
 def sampler(config, module, vae, encode, tokenizer):
     """`sample(ema, frozen, encoders)`: control pictures above what was drawn with them."""
-    shown = inputs.examples(config, 16, ARRAYS)
+    shown = inputs.shown(config, ARRAYS)
     raw = {key: shown[key] for key in ARRAYS} | inputs.tokens(config, tokenizer, shown["caption"])
-    empty = inputs.tokens(config, tokenizer, [""] * 16)
+    empty = inputs.tokens(config, tokenizer, [""] * len(shown["caption"]))
     table = solvers.from_config(scheduler_config(config, "DPMSolverMultistepScheduler"), 20)
     scale = config.get("guidance_scale", 4.5)
 
@@ -125,7 +124,6 @@ def sampler(config, module, vae, encode, tokenizer):
     def sample(ema, frozen, encoders):
         params = objectives.controlled(ema, frozen)
         pictures = from_signed(draw(params, encoders, raw, empty))
-        hints = raw["hint"] / 255.0
-        return tiles(np.concatenate([hints[:8], pictures[:8], hints[8:], pictures[8:]]))
+        return pairs(raw["hint"] / 255.0, pictures)
 
     return sample

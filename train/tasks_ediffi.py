@@ -21,7 +21,7 @@ from cnxs_jax.pipelines.load import load_model, save_model
 from train import inputs, validate
 from train.loop import Task
 from train.objectives_edm import ENCODER_MASKS, edm_denoise
-from train.parts import fields, from_signed, make, tiles, to_signed
+from train.parts import fields, from_signed, make, pairs, to_signed
 
 
 def tree(value, where):
@@ -266,17 +266,18 @@ def stage_of(config, components, intervals=(expert_tree.WHOLE,), name="base"):
 def sampler(config, encoders, unet, loader):
     """`sample(ema, frozen, encoders)`: real pictures above drawn ones, never cropped."""
     encode = encoder(type(config)(config.to_dict() | {"crop": None}), encoders)
-    shown = loader.of(inputs.examples(config, 16))
+    examples = inputs.shown(config)
+    shown, number = loader.of(examples), len(examples["caption"])
 
     @jax.jit
     def prepared(params, raw):
         batch = encode(params, raw, jax.random.key(0))
         cond = {k: v for k, v in batch["cond"].items() if not k.startswith("clip_image")}
-        scale = jnp.full((16,), config.sampler.guidance_scale)
+        scale = jnp.full((number,), config.sampler.guidance_scale)
         cond = {**cond, "null": dropped(cond), "guidance_scale": scale}
         if "low_res" in cond:
             noise = jax.random.normal(jax.random.key(2), cond["low_res"].shape)
-            level = jnp.full((16,), config.sampler.get("noise_level") or 0.0)
+            level = jnp.full((number,), config.sampler.get("noise_level") or 0.0)
             cond = edm.augment_low_res(cond, level, noise)
         return batch["x"], cond
 
@@ -284,7 +285,6 @@ def sampler(config, encoders, unet, loader):
         real, cond = prepared(params, shown)
         noise = jax.random.normal(jax.random.key(1), real.shape)
         drawn = stage_of(config, [Component(unet, ema)]).draw(noise, cond)
-        real, drawn = from_signed(real), from_signed(drawn)
-        return tiles(np.concatenate([real[:8], drawn[:8], real[8:], drawn[8:]]))
+        return pairs(from_signed(real), from_signed(drawn))
 
     return sample

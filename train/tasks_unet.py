@@ -10,7 +10,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from cnxs_jax import control
 from cnxs_jax import tree as trees
@@ -35,8 +34,8 @@ from train.parts import (
     make,
     noise_schedule,
     outputs,
+    pairs,
     scheduler_config,
-    tiles,
     with_text_encoder,
 )
 from train.tasks import DENOISE, check_range, frozen_part
@@ -329,7 +328,7 @@ RECIPES = {
 
 def sampler(config, module, nets, tokenizers):
     """`sample(ema, frozen, encoders)`: control pictures above what was drawn with them."""
-    shown = inputs.examples(config, 16, ARRAYS)
+    shown = inputs.shown(config, ARRAYS)
     family = "StableDiffusionXLPipeline" if len(tokenizers) > 1 else "StableDiffusionPipeline"
     tokenizer = tokenizers if len(tokenizers) > 1 else tokenizers[0]
     scheduler = scheduler_config(config, SCHEDULER)
@@ -348,7 +347,6 @@ def sampler(config, module, nets, tokenizers):
             controllers=(Controller(module.control, ema, module.compat),),
         )  # fmt: skip
         options = {"image": shown["hint"], "output_type": "np", **drawing(config)}
-        pictures, hints = pipe(shown["caption"], seed=0, **options).images, shown["hint"] / 255.0
-        return tiles(np.concatenate([hints[:8], pictures[:8], hints[8:], pictures[8:]]))
+        return pairs(shown["hint"] / 255.0, pipe(shown["caption"], seed=0, **options).images)
 
     return sample

@@ -22,7 +22,7 @@ from cnxs_jax.storage import replacing, write_json
 
 FORMAT = 1
 PADDED = ("text",)  # cut to their valid tokens on disk
-WEIGHTS = (".safetensors", ".bin", ".pth", ".json")
+WEIGHTS = (".safetensors", ".bin", ".pth", ".json", ".model", ".txt")  # the last two: tokenizers'
 AGAIN = "write the cache anew with `python -m train.cache`, or use the encoders and settings it has"
 
 

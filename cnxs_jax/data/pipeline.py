@@ -57,7 +57,10 @@ def open_source(name, split="train", size=None, *, truth=False, seed=0, root=Non
 
 
 class First:
-    """The first `number` examples of a source. Raises ConfigError where it has fewer."""
+    """The first `number` examples of a source. Raises ConfigError where it has fewer.
+
+    What else a source can do, such as `read`, it can, too.
+    """
 
     def __init__(self, source, number):
         if number > len(source):
@@ -73,6 +76,12 @@ class First:
 
     def __getitem__(self, index):
         return self.source[index]
+
+    def __getattr__(self, name):
+        if name.startswith("__") or name == "source":  # before `__init__`, as in unpickling
+            raise AttributeError(name)
+        found = getattr(self.source, name)
+        return (lambda: found()[: self.number]) if name == "original_sizes" else found
 
 
 class _Batches:

@@ -173,7 +173,8 @@ class Pipeline(TextToImage):
         controllers = self.controllers
         if control is not None:
             dtype = self.components[self.denoiser].module.dtype
-            controllers = controls.open_controllers(control, dtype, mesh=self.mesh)
+            parts = {"mesh": self.mesh, "offload": self.offload}
+            controllers = controls.open_controllers(control, dtype, **parts)
         changed = dataclasses.replace(self, scheduler=config, controllers=controllers)
         changed = changed if lora is None else changed.adapted(lora)
         changed.check()
@@ -261,8 +262,7 @@ class Pipeline(TextToImage):
         """The family's condition with painted words and control added."""
         words, null = self._words(request, latent_size)
         if control is not None:  # before any text is encoded: a picture may be refused
-            vae = self.components["vae"]
-            words |= controls.condition(control, self.controllers, latent_size, vae, request)
+            words |= controls.condition(control, self.controllers, latent_size, self, request)
         cond = self.encode(request, size) | words
         if "null" in cond:
             cond["null"] = cond["null"] | null

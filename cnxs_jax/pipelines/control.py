@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cnxs_jax import control
-from cnxs_jax.convert import controlnet_xs_fused
+from cnxs_jax.convert import controlnet_xs_fused, files, pixart_control
 from cnxs_jax.errors import ConfigError
 from cnxs_jax.pipelines import images as pictures
 
@@ -64,12 +64,12 @@ class Control:
         return own[0] if height is None else height, own[1] if width is None else width
 
 
-def open_controllers(given, dtype=None, compat="official", mesh=None):
-    """A tuple of `Controller`, none or more, on the device or the mesh.
+def open_controllers(given, dtype=None, compat="official", mesh=None, offload=None):
+    """A tuple of `Controller`, none or more, on the device or the mesh; with `offload` on the host.
 
     Args:
         given: None; a directory or file of an adapter; a pair (module, params) or a `Controller`;
-            or a list of these. Of diffusers' fused ControlNet-XS the controller is taken.
+            or a list of these. Of files that hold a base, too, the controller is taken.
         compat: of adapters that do not say it themselves.
 
     Raises:
@@ -92,6 +92,8 @@ def open_controllers(given, dtype=None, compat="official", mesh=None):
 
     items = given if isinstance(given, list) else [] if given is None else [given]
     found = [one(item) for item in items]
+    if offload is not None:
+        return tuple(c._replace(params=jax.device_get(c.params)) for c in found)
     # `place` empties what it is given; the caller's own tree stays.
     return tuple(c._replace(params=place(jax.tree.map(lambda x: x, c.params), mesh)) for c in found)
 
@@ -111,7 +113,9 @@ def read_controller(path, dtype=None, compat="official"):
     if save_xs.is_fused(path):
         found = read_model(path, controlnet_xs_fused.CONTROL, dtype=dtype)
         return Controller(*found, save_xs.FUSED_COMPAT)
-    return Controller(*read_model(path, dtype=dtype), compat)
+    joint = os.path.isfile(path) and pixart_control.is_joint(files.read_tensors(path))
+    component = pixart_control.CONTROL if joint else None
+    return Controller(*read_model(path, component, dtype=dtype), compat)
 
 
 def attach(base, controllers):
@@ -155,15 +159,17 @@ def check(controllers, image, scale, start, end, request):
     return Control(sets, scales, list(starts), list(ends))
 
 
-def condition(call, controllers, latent_size, vae, request):
-    """`hint` and `control_scale`: arrays, or tuples of them for several controllers."""
-    hints, scales, batch = [], [], request.batch
+def condition(call, controllers, latent_size, pipe, request):
+    """`hint` and `control_scale`: arrays, or tuples of them for several controllers.
+
+    `pipe` runs its VAE where a controller reads latents.
+    """
+    hints, scales, batch, vae = [], [], request.batch, pipe.components["vae"]
     for own, scale, controller in zip(call.pictures, call.scales, controllers, strict=True):
         latents = getattr(controller.module, "hint_kind", None) == LATENTS
-        module = vae.module
-        factor = module.downsample_factor if latents else controller.module.hint_factor
+        factor = vae.module.downsample_factor if latents else controller.module.hint_factor
         hint = np.stack([_fitted(p, [side * factor for side in latent_size]) for p in own])
-        hint = encode_picture(*vae, hint) if latents else jnp.asarray(hint)
+        hint = pipe.run(vae, encode_picture, hint) if latents else jnp.asarray(hint)
         hints.append(jnp.repeat(hint, _repeats(len(own), request), axis=0))
         scales.append(jnp.full((batch,), scale, jnp.float32))
     if len(controllers) == 1:

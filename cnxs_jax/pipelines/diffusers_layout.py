@@ -51,7 +51,7 @@ def read(
         # Training changes the fused one, not the copy that diffusers stores beside it.
         denoiser = directory / family.denoiser
         control = denoiser if is_fused(denoiser) else directory / CONTROL
-    controllers = open_controllers(control, dtype, compat or "official", mesh)
+    controllers = open_controllers(control, dtype, compat or "official", mesh, offload)
     tokenizers = tuple(family.load_tokenizer(directory / name) for name in family.tokenizers)
     components = {}
     for name in family.networks:

@@ -40,7 +40,11 @@ def trained(tmp_path_factory):
 
 def test_the_report_has_the_base_and_the_controller(trained, tmp_path):
     config, workdir = trained
-    assert recipe.controller(config, workdir)[1:] == (str(workdir / "export/controlnet"), "lines")
+    assert recipe.controller(config, workdir)[1:] == (
+        str(workdir / "export/controlnet"),
+        "lines",
+        None,
+    )
     made = controlled.main(config, workdir, out=tmp_path, **GIVEN)
     real, through, base, own = json.loads((tmp_path / "report.json").read_text())["rows"]
     assert (base["method"], own["method"]) == ("base without control", "controller")
@@ -81,7 +85,7 @@ def test_a_sweep_has_both_lines():
 def test_the_shipped_recipes_of_controllers_say_what_they_are():
     hints = {"canny": controlnet_xs.get_config("sd15"), "lines": controlnet_xs.get_config()}
     for hint, config in hints.items():
-        _, adapter, found = recipe.controller(config, "RUN")
+        _, adapter, found, _ = recipe.controller(config, "RUN")
         assert (adapter, found) == ("RUN/export/controlnet", hint)
     assert recipe.controller(pixart_control.get_config(), "RUN")[2] == "lines"
     assert recipe.controller(pixart_lcm.get_config(), "RUN") is None

@@ -6,10 +6,12 @@ import pytest
 from PIL import Image
 
 import cnxs_jax
-from cnxs_jax.control.controlnet_transformer import ControlNetTransformer
+from cnxs_jax.convert import families
 from cnxs_jax.errors import ConfigError
-from cnxs_jax.pipelines import base, images
+from cnxs_jax.pipelines import base, images, load
+from cnxs_jax.pipelines import control as controls
 from cnxs_jax.pipelines.control import Controller
+from cnxs_jax.storage import write_json
 from tests.pipelines import tiny, tiny_sd
 
 PICTURE = tiny_sd.ramp()
@@ -27,11 +29,18 @@ def pipe(plain):
 
 @pytest.fixture(scope="module")
 def pixart(tmp_path_factory):
-    pipe = tiny.pipeline(tmp_path_factory.mktemp("tokenizer"))
-    adapter = ControlNetTransformer(num_layers=1, num_attention_heads=2, attention_head_dim=12)
-    tokens, modulation = np.zeros((1, 1, 24), "f4"), np.zeros((1, 6, 24), "f4")
-    args = tokens, {"hint": tokens, "kv": None}, (modulation, tokens, None, None)
-    return pipe.replace(control=(adapter, tiny.perturbed(adapter, *args)))
+    return tiny.pipeline(tmp_path_factory.mktemp("tokenizer")).replace(control=tiny.controller())
+
+
+def test_of_a_file_with_a_base_the_controller_is_taken(pixart, tmp_path):
+    """PixArt's own: both networks in one file."""
+    both = controls.attach(pixart.components["transformer"], pixart.controllers)
+    load.save_official(*both, tmp_path / "control.pth")
+    own = pixart.controllers[0]
+    write_json(tmp_path / "config.json", families.config_of(own.module))
+    found = pixart.replace(control=tmp_path / "control.pth").controllers[0]
+    assert found.module == own.module
+    jax.tree.map(np.testing.assert_array_equal, found.params, own.params)
 
 
 def _np(pipe, prompt="a boat", image=PICTURE, **kwargs):
@@ -97,9 +106,7 @@ def test_pictures_of_several_prompts(pipe):
     four = base.controls.check(
         pipe.controllers, [PICTURE, other], 1.0, 0.0, 1.0, _request(pipe, prompts, 2)
     )
-    cond = base.controls.condition(
-        four, pipe.controllers, (8, 8), pipe.components["vae"], _request(pipe, prompts, 2)
-    )
+    cond = base.controls.condition(four, pipe.controllers, (8, 8), pipe, _request(pipe, prompts, 2))
     for row, want in enumerate((PICTURE, PICTURE, other, other)):
         np.testing.assert_array_equal(cond["hint"][row], want)
 

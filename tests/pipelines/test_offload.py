@@ -8,9 +8,10 @@ import cnxs_jax
 from cnxs_jax import sharding, tree
 from cnxs_jax.errors import ConfigError
 from cnxs_jax.pipelines import base
+from cnxs_jax.pipelines import control as controls
 from tests.pipelines import tiny
 
-STAGES = ("encode_text", "denoise", "decode")
+STAGES = {"encode_picture": controls, "encode_text": base, "denoise": base, "decode": base}
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +21,9 @@ def stored(tmp_path_factory):
     return path / "pipe"
 
 
-def draw(pipe):
-    return pipe(["a red fox", "two blue cats"], num_inference_steps=2, output_type="np").images
+def draw(pipe, **given):
+    prompts = ["a red fox", "two blue cats"]
+    return pipe(prompts, num_inference_steps=2, output_type="np", **given).images
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -38,9 +40,10 @@ def sizes(params):
 
 def test_only_the_running_network_is_on_the_device(stored, monkeypatch):
     """While a stage runs, no kernel of another network is among the live arrays."""
-    pipe = cnxs_jax.load_pipeline(stored, offload="model")
+    controller = jax.device_get(tiny.controller())
+    pipe = cnxs_jax.load_pipeline(stored, offload="model", control=controller)
     kernels = {name: sizes(params) for name, (_, params) in pipe.components.items()}
-    seen = {}
+    kernels["control"], seen = sizes(controller[1]), {}
 
     def watched(name, program):
         def run(module, params, *args, **static):
@@ -55,12 +58,18 @@ def test_only_the_running_network_is_on_the_device(stored, monkeypatch):
     before = {id(x) for x in jax.live_arrays()}
     real = jax.live_arrays
     monkeypatch.setattr(jax, "live_arrays", lambda: [x for x in real() if id(x) not in before])
-    for name in STAGES:
-        monkeypatch.setattr(base, name, watched(name, getattr(base, name)))
+    for name, room in STAGES.items():
+        monkeypatch.setattr(room, name, watched(name, getattr(room, name)))
     monkeypatch.setattr("cnxs_jax.pipelines.pixart.encode_text", base.encode_text)
-    draw(pipe)
-    assert seen == {"encode_text": {"text_encoder"}, "denoise": {"transformer"}, "decode": {"vae"}}
-    assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(pipe.components["vae"].params))
+    draw(pipe, image=np.zeros((tiny.SIDE, tiny.SIDE, 3), np.uint8))
+    assert seen == {
+        "encode_picture": {"vae"}, "encode_text": {"text_encoder"},
+        "denoise": {"transformer", "control"}, "decode": {"vae"},
+    }  # fmt: skip
+    hosted = pipe.components["vae"].params, pipe.controllers[0].params
+    assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(hosted))
+    again = pipe.replace(control=tiny.controller()).controllers[0].params
+    assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(again))
 
 
 def test_a_streamed_encoder_has_two_blocks_on_the_device(stored, monkeypatch):

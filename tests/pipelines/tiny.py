@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cnxs_jax import tree
+from cnxs_jax.control.controlnet_transformer import ControlNetTransformer
 from cnxs_jax.data import text
 from cnxs_jax.models.dit import PixArt
 from cnxs_jax.models.t5 import T5Encoder
@@ -76,3 +77,11 @@ def pipeline(directory, null_text=None, use_additional_conditions=False):
     tokens = tokenizer(directory)
     made = networks(len(tokens), use_additional_conditions=use_additional_conditions)
     return PixArtAlphaPipeline(made, tokens, SCHEDULER, null_text)
+
+
+def controller():
+    """`(module, params)` of a random ControlNet-Transformer for `pipeline`, one block copied."""
+    module = ControlNetTransformer(num_layers=1, num_attention_heads=2, attention_head_dim=12)
+    tokens, modulation = np.zeros((1, 1, 24), "f4"), np.zeros((1, 6, 24), "f4")
+    args = tokens, {"hint": tokens, "kv": None}, (modulation, tokens, None, None)
+    return module, perturbed(module, *args)

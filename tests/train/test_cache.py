@@ -9,12 +9,13 @@ import pytest
 from PIL import Image
 
 import cnxs_jax
+import configs.pixart_lcm
 from cnxs_jax.data import features, image_folder, pipeline
 from cnxs_jax.errors import ConfigError, DataError
 from tests.control import detector
 from tests.pipelines import tiny
 from tests.train.test_control_tasks import control_config, lora_config
-from train import cache, log, loop, optimizer
+from train import cache, log, loop, optimizer, report
 from train.step import init_state, make_step
 
 pytestmark = pytest.mark.filterwarnings("ignore:caption has")
@@ -189,6 +190,13 @@ def test_stale_features_are_refused(stored, tmp_path):
     changed.teacher_path = str(other)
     with pytest.raises(DataError, match="encoders.vae: cached .*now"):
         loop.build_task(changed)
+    words = tmp_path / "words"
+    shutil.copytree(config.teacher_path, words)
+    with open(words / "tokenizer" / "tokenizer_config.json", "a") as file:
+        file.write(" ")
+    changed.teacher_path = str(words)
+    with pytest.raises(DataError, match="encoders.tokenizer: cached .*now"):
+        loop.build_task(changed)
     again = config.copy_and_resolve_references()
     again.teacher_path = str(other)
     with pytest.raises(DataError, match="features of other settings .*encoders.vae"):
@@ -225,6 +233,29 @@ def test_incomplete_and_mixed_caches_are_refused(stored, tmp_path):
         features.FeatureSource(tmp_path)
     with pytest.raises(ConfigError, match="features needs a folder"):
         pipeline.open_source("features")
+
+
+def test_part_of_the_features_and_of_the_pictures(stored, tmp_path):
+    """`data.num_examples`: the first ones, whatever the source can do besides."""
+    config, root = stored
+    changed = cached(config, root)
+    changed.data.num_examples = 8
+    batch = next(loop.build_task(changed).loader)
+    assert "mean" in batch
+    few = config.copy_and_resolve_references()
+    few.data.num_examples = 4
+    assert cache.write(few, tmp_path, features.Shard(0, 1)) == 4
+    folder = pipeline.First(image_folder.ImageFolder(config.data.root, 16), 4)
+    assert len(folder.original_sizes()) == 4
+    assert folder.read(1, 8, 24)["image"].shape == (8, 24, 3)
+
+
+def test_a_run_on_features_needs_no_word_about_its_report(stored):
+    config, root = stored
+    changed = cached(config, root)
+    changed.report = configs.pixart_lcm.get_config().report
+    assert not report.wanted(changed)
+    loop.build_task(changed)
 
 
 @pytest.mark.parametrize("text", ["3/3", "1", "a/b", "-1/2"])

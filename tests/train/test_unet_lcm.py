@@ -300,4 +300,4 @@ def test_teacher_and_student_from_start_to_end(tmp_path):
     pipe = cnxs_jax.load_pipeline(tmp_path / "lcm" / "export")
     found = pipe("a red book", output_type="np")
     assert found.images.shape == (1, 32, 32, 3)
-    assert found.parameters[0]["num_inference_steps"] == 4
+    assert found.parameters[0]["steps"] == 4
