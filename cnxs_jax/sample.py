@@ -15,6 +15,7 @@ from cnxs_jax.errors import ConfigError, run_main
 DEFAULT_MODEL = pathlib.Path(__file__).parent / "assets" / "pixart_tiny"
 LINES = DEFAULT_MODEL.with_name("pixart_tiny_control")  # follows lines on DEFAULT_MODEL
 MAX_IMAGES = 64
+HINTS = ("canny", "hed")  # what `control.hints` makes of any picture
 
 
 class Parser(argparse.ArgumentParser):
@@ -40,7 +41,8 @@ def parse(argv=None):
     add("--width", type=int, help="pixels (default: the model's)")
     add("--control", help="directory or file of a controller; it needs --image")
     add("--image", help="its control picture, such as white lines on black")
-    add("--canny", action="store_true", help="show it the edges of --image instead")
+    add("--hint", choices=HINTS, help="show it the edges of --image instead")
+    add("--lora", action="append", metavar="PATH[:FACTOR]", help="adapter to merge; again for more")
     add("--scheduler", help="ddim, ddpm, euler, dpmpp, deis or lcm (default: the model's)")
     add("--dtype", help="float32 or bfloat16 (default: float32)")
     add("--offload", help='"model" or "sequential": networks are on the device only as they run')
@@ -78,10 +80,20 @@ def _check(args):
         raise ConfigError(what, "--control, --image", "give both or neither")
     if args.image is not None and not pathlib.Path(args.image).is_file():
         raise ConfigError("no such file", args.image, "--image: a picture")
-    if args.canny and args.image is None:
-        raise ConfigError("there is no picture to find edges in", "--canny", "give --image")
+    if args.hint and args.image is None:
+        raise ConfigError("there is no picture to find edges in", "--hint", "give --image")
+    args.lora = [adapter(text) for text in args.lora or ()]
     if args.guidance is not None and not (math.isfinite(args.guidance) and args.guidance >= 0):
         raise ConfigError(f"expected a number of 0 or more, got {args.guidance}", "--guidance")
+
+
+def adapter(text):
+    """(path, factor) of one `--lora`; the factor is 1 unless given."""
+    path, _, factor = text.rpartition(":")
+    try:
+        return (path, float(factor)) if path else (text, 1.0)
+    except ValueError:  # a colon of the path's own
+        return text, 1.0
 
 
 def main(argv=None):
@@ -93,6 +105,7 @@ def main(argv=None):
     pipe = load_pipeline(
         args.model,
         control=args.control,
+        lora=args.lora or None,
         scheduler=args.scheduler,
         dtype=args.dtype,
         offload=args.offload,
@@ -120,13 +133,13 @@ def main(argv=None):
 
 
 def control_picture(args, height, width):
-    """uint8 [height, width, 3]: `--image` scaled to cover and cut, or its edges (`--canny`)."""
+    """uint8 [height, width, 3]: `--image` scaled to cover and cut, or its edges (`--hint`)."""
     from cnxs_jax.control import hints
     from cnxs_jax.data import image_folder
 
     with image_folder.opened(args.image) as picture:
         pixels = image_folder.covered(image_folder.turned(picture), height, width)
-    return (255 * hints.canny(pixels[None])[0]).astype("uint8") if args.canny else pixels
+    return pixels if args.hint is None else hints.picture({"image": pixels}, args.hint)
 
 
 def _paths(out, count):

@@ -38,7 +38,7 @@ Run:
       --config.teacher_path=runs/sd/export
   python -m train --config=configs/sd_lcm.py:sd15 --workdir=runs/lcm15 \
       --config.teacher_path=stable-diffusion-v1-5 --config.data.root=photos
-  python -m train.plan --config=configs/sd_lcm.py:sdxl --what=train --devices=8
+  python -m train.plan --config=configs/sd_lcm.py:sdxl --what=train --devices=4
 The teacher is a diffusers directory; the result, one with an LCMScheduler, is `--workdir`/export,
 an adapter for diffusers `export/lora/pytorch_lora_weights.safetensors`.
 """

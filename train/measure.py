@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cnxs_jax import tree as trees
+from cnxs_jax.errors import ConfigError
 from train import abstract, networks, optimizer
 from train.step import init_state, make_step
 
@@ -37,6 +38,9 @@ def peak():
 
 def report(config):
     """Runs the step; prints and returns predicted and measured bytes, seconds and the loss."""
+    if networks.recipe_of(config).zeros is not None:
+        what = "only the steps of PixArt's tasks can be measured"
+        raise ConfigError(what, config.task, "leave out --measure")
     before, rng = peak(), np.random.default_rng(0)
     _, _, shapes = abstract.built(config)
     found = networks.modules(config, config[networks.recipe_of(config).path])

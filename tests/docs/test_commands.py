@@ -169,8 +169,9 @@ def checkout(tmp_path):
     rng = np.random.default_rng(0)
     for n in range(10):
         pixels = rng.integers(0, 256, (40 + 3 * n, 56, 3), np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "photos" / f"{n}.png")
-        (tmp_path / "photos" / f"{n}.txt").write_text(f"a crab, picture {n}")
+        name = f"{n}" if n else "cat"  # the one that the documents name
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{name}.jpg")
+        (tmp_path / "photos" / f"{name}.txt").write_text(f"a crab, picture {n}")
     return tmp_path
 
 

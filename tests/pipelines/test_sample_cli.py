@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from cnxs_jax import sample
-from cnxs_jax.errors import ConfigError
+from cnxs_jax.errors import CheckpointError, ConfigError
 
 GOOD = ["--prompt=a fox", "--out=x.png"]
 BAD = [
@@ -40,7 +40,8 @@ BAD = [
     [*GOOD, "--control=adapter"],
     [*GOOD, "--image=lines.png"],
     [*GOOD, "--control=adapter", "--image=nowhere.png"],
-    [*GOOD, "--canny"],
+    [*GOOD, "--hint=canny"],
+    [*GOOD, "--hint=lines", "--control=a", f"--image={__file__}"],
     [*GOOD, "stray"],
 ]
 
@@ -51,6 +52,18 @@ def test_bad_arguments(arguments):
         sample.parse(arguments)
     assert caught.value.code == 2
     assert caught.value.where
+
+
+def test_adapters_have_factors():
+    given = ["--lora=a", "--lora=a:0.5", "--lora=b:c", "--lora=b:c:2"]
+    expected = [("a", 1.0), ("a", 0.5), ("b:c", 1.0), ("b:c", 2.0)]
+    assert sample.parse([*GOOD, *given]).lora == expected
+    assert sample.parse(GOOD).lora == []
+
+
+def test_an_adapter_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="nowhere"):
+        sample.main(["--prompt=a fox", f"--out={tmp_path}/x.png", "--lora=nowhere"])
 
 
 def test_out_must_be_writable_as_a_file(tmp_path):
@@ -104,12 +117,12 @@ def test_the_control_picture_is_cut_to_size_or_shows_its_edges(tmp_path):
     photo = Image.new("RGB", (256, 128), (40, 40, 40))
     photo.paste((240, 240, 240), (96, 32, 160, 96))
     photo.save(tmp_path / "photo.png")
-    args = argparse.Namespace(image=str(tmp_path / "photo.png"), canny=False)
+    args = argparse.Namespace(image=str(tmp_path / "photo.png"), hint=None)
     plain = sample.control_picture(args, 64, 64)
     assert plain.shape == (64, 64, 3)
     assert plain[32, 32].tolist() == [240] * 3
     assert plain[:13].max() <= 60
-    args.canny = True
+    args.hint = "canny"
     lines = sample.control_picture(args, 64, 64)
     assert set(np.unique(lines)) == {0, 255}
     rows, columns = np.nonzero(lines[..., 0])
