@@ -32,7 +32,7 @@ Run:
       --config.data.source=image_folder --config.data.root=photos --config.data.hint=canny
   python -m train --config=configs/pixart_control.py:xl_512 --workdir=runs/control_512 \
       --config.base_path=PixArt-XL-2-512x512 --config.data.hint_path=ControlNetHED.pth \
-      --config.data.source=image_folder --config.data.root=photos
+      --config.data.source=image_folder --config.data.root=photos --config.data.buckets=True
 
 The result, the adapter in diffusers' layout, is `--workdir`/export/controlnet.
 """
@@ -74,6 +74,7 @@ def published():
     config.objective = ConfigDict()
     config.objective.prediction = "epsilon"
     config.data = common.any_data()
+    config.data.buckets = False
     config.data.hint = "hed"
     config.data.hint_path = config_dict.placeholder(str)  # of HED's weights
     config.log_every = 10

@@ -52,7 +52,19 @@ class Hinted:
         return f"Hinted({self.name}, {self.source!r})"
 
     def __getitem__(self, index):
-        example, rng = self.source[index], np.random.default_rng([self.seed, int(index)])
+        return self._with_hint(self.source[index], index)
+
+    def __getattr__(self, name):
+        """What else the source has: `original_sizes`, and `read`, which gives it a hint, too."""
+        if name.startswith("__") or name == "source":  # before `__init__`, as in unpickling
+            raise AttributeError(name)
+        found = getattr(self.source, name)
+        if name != "read":
+            return found
+        return lambda index, *size: self._with_hint(found(index, *size), index)
+
+    def _with_hint(self, example, index):
+        rng = np.random.default_rng([self.seed, int(index)])
         return {**example, "hint": hints.picture(example, self.name, rng, self.path)}
 
 

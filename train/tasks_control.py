@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from cnxs_jax import control
 from cnxs_jax.control.controlnet_transformer import ControlNetTransformer, from_base
 from cnxs_jax.diffusion import guidance, sampling, solvers
-from cnxs_jax.errors import ConfigError
 from train import features, inputs, networks, objectives, validate
 from train.loop import Task
 from train.parts import REMAT, SCHEDULE, from_signed, noise_schedule, pairs, scheduler_config
@@ -38,11 +37,7 @@ ARRAYS = ("image", "hint")
 
 def check_controller(values, where):
     check_range(values, where)
-    data = values["data"]
-    inputs.check_hint(data, f"{where}.data")
-    if data.get("buckets"):
-        what = "control pictures are made in one size"
-        raise ConfigError(what, f"{where}.data.buckets", "set it to False")
+    inputs.check_hint(values["data"], f"{where}.data")
 
 
 CONFLICTS = {"controller": check_controller}

@@ -17,7 +17,7 @@ from cnxs_jax.data import features
 from cnxs_jax.diffusion import sampling, schedule
 from cnxs_jax.errors import ConfigError
 from tests.pipelines import tiny
-from train import log, loop, networks, objectives, tasks_control, validate
+from train import inputs, log, loop, networks, objectives, tasks_control, validate
 
 pytestmark = pytest.mark.filterwarnings("ignore:caption has")
 
@@ -152,9 +152,32 @@ def test_what_a_controller_cannot_be_shown(base, photos):
     with pytest.raises(ConfigError, match="image_folder has no exact lines") as caught:
         validate.check(config)
     assert 'set it to "canny"' in caught.value.fix
-    config.data.update(hint="canny", buckets=True)
-    with pytest.raises(ConfigError, match="in one size"):
-        validate.check(config)
+
+
+def test_hints_of_aspect_ratio_buckets(base, tmp_path):
+    """Wide and tall pictures, a box in the middle of each: its outline, in the bucket's shape."""
+    for n, size in enumerate([(60, 30)] * 8 + [(30, 60)] * 8):
+        image = Image.new("RGB", size, (90, 90, 90))
+        image.paste(
+            (250, 250, 250), (size[0] // 3, size[1] // 3, size[0] // 3 + 10, size[1] // 3 + 10)
+        )
+        image.save(tmp_path / f"{n}.png")
+        (tmp_path / f"{n}.txt").write_text("a red fox")
+    config = control_config(base)
+    config.data.update(
+        source="image_folder", root=str(tmp_path), hint="canny", size=256, buckets=True
+    )
+    validate.check(config)
+    loader, _ = inputs.open_loader(config, tokens=False, keys=tasks_control.ARRAYS)
+    found = [next(loader) for _ in range(2)]
+    assert {raw["hint"].shape for raw in found} == {(8, 176, 352, 3), (8, 352, 176, 3)}
+    for raw in found:
+        assert raw["image"].shape == raw["hint"].shape
+        bright = raw["image"][..., 0] > 170
+        for box, lines in zip(bright, raw["hint"][..., 0] == 255, strict=True):
+            for axis in (0, 1):
+                inside, drawn = (np.flatnonzero(x.any(axis)) for x in (box, lines))
+                assert np.abs(inside[[0, -1]] - drawn[[0, -1]]).max() <= 2
 
 
 def test_features_of_other_hints_are_stale(base):
