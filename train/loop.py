@@ -22,6 +22,7 @@ from train.log import Progress, StopSignal, Writer
 from train.step import init_state, make_step
 from train.workdir import (
     OLD_EXPORT,
+    PARAMETERS,
     check_same,
     check_workdir,
     expand,
@@ -124,6 +125,7 @@ def run(config, workdir, root, resume=False):
         if lead:
             set_aside(workdir)
             write_json(workdir / "config.json", plain(config))
+            write_json(workdir / PARAMETERS, fit.parameters())
         with precision.matmul(fit.precision):
             with Writer(workdir, start, lead) as writer:
                 fit.train(start, checkpoints, writer, stop)
@@ -245,11 +247,14 @@ class Fit:
         }
         checkpoints.save(step, self.state, self.task.loader.get_state(), meta)
 
+    def parameters(self):
+        """How many numbers are trained and how many stay; of experts, all of them."""
+        return {"trained": trees.size(self.state.params), "frozen": trees.size(self.frozen)}
+
     def train(self, start, checkpoints, writer, stop):
         """Steps `start` to `config.steps`, saving as it goes and at the end."""
-        config = self.config
-        parameters = trees.size(self.state.params)
-        print(f"{parameters:,} parameters to train on {self.mesh.size} devices", flush=True)
+        config, number = self.config, self.parameters()["trained"]
+        print(f"{number:,} parameters to train on {self.mesh.size} devices", flush=True)
         progress = Progress(config, start, writer)
         with progress:
             for step in range(start + 1, config.steps + 1):

@@ -10,6 +10,7 @@ import json
 from cnxs_jax.data.pipeline import WORLDS
 from cnxs_jax.errors import ConfigError
 from train import validate
+from train.workdir import PARAMETERS
 
 OF_STUDENTS = ("reference_steps", "solvers")
 
@@ -83,7 +84,11 @@ def costs(config, workdir):
     rates = [m["images_per_second"] for m in logged if m.get("images_per_second")]
     images = config.steps * config.batch_size
     rate = sorted(rates)[len(rates) // 2] if rates else None
-    return {
+    sizes = {}
+    if (workdir / PARAMETERS).is_file():
+        found = json.loads((workdir / PARAMETERS).read_text())
+        sizes = {f"{kind} parameters": number for kind, number in found.items()}
+    return sizes | {
         "training steps": config.steps,
         "training images": images,
         "images/s (median)": rate and round(rate, 1),

@@ -11,6 +11,7 @@ from cnxs_jax.storage import fill
 MAY_CHANGE = ("steps", "log_every", "save_every", "sample_every", "max_to_keep", "mesh", "rules",
               "resume", "report")  # fmt: skip
 OLD_EXPORT = "export.old"  # while a finished run goes on
+PARAMETERS = "parameters.json"  # how many a run trains, and how many stay
 
 
 def expand(config, root):

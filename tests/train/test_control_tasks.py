@@ -80,6 +80,12 @@ def test_a_controller_is_trained_and_exported(base, tmp_path):
     assert [row["method"] for row in told["rows"][2:]] == ["base without control", "controller"]
     assert all(0 <= row["control_edge_f1@1px"]["value"] <= 1 for row in told["rows"])
     assert told["summary"]["training steps"] == 3
+    adapter, whole = (
+        sum(x.size for x in jax.tree.leaves(cnxs_jax.load_model(*path)[1]))
+        for path in ((tmp_path / "export" / "controlnet",), (base, "transformer"))
+    )
+    assert told["summary"]["trained parameters"] == adapter
+    assert told["summary"]["frozen parameters"] == whole
     lines = log.read_metrics(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert all(np.isfinite(line["loss"]) for line in lines)
