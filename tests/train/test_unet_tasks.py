@@ -4,6 +4,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,18 @@ from cnxs_jax.errors import ConfigError
 from cnxs_jax.pipelines import request as requests
 from tests.control import detector
 from tests.pipelines import tiny_sd
-from train import abstract, inputs, log, loop, networks_unet, objectives, tasks_unet, validate
+from train import (
+    abstract,
+    inputs,
+    log,
+    loop,
+    measure,
+    networks_unet,
+    objectives,
+    plan,
+    tasks_unet,
+    validate,
+)
 from train.parts import noise_schedule
 
 pytestmark = pytest.mark.filterwarnings("ignore:caption has")
@@ -141,6 +153,14 @@ def test_the_picture_of_a_controller_shows_its_hints(run):
     picture = fit.task.sample(fit.state.ema, fit.frozen, fit.encoders)
     assert picture.shape == (4 * tiny_sd.SIDE, 8 * tiny_sd.SIDE, 3)
     assert set(np.unique(picture.reshape(4, tiny_sd.SIDE, -1)[::2])) == {0, 255}
+
+
+def test_the_planner_says_that_it_plans_the_train_step_alone(base, capsys):
+    found = plan.report(config_of(base), SimpleNamespace(what="both", memory=False))
+    assert found.keys() == {"train"}
+    assert "sampling: planned for PixArt's pipelines only" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="only the steps of PixArt's tasks can be measured"):
+        measure.report(config_of(base))
 
 
 def test_controlnet_is_the_same_recipe(base):
