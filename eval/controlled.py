@@ -9,6 +9,7 @@ from pathlib import Path
 
 import cnxs_jax
 from cnxs_jax.errors import ConfigError
+from cnxs_jax.pipelines import control as controls
 from eval import draw, measures, plan, recipe, run, show
 
 
@@ -42,11 +43,14 @@ def main(config, workdir, *, out=None, sweep=(), steps=None, guidance_scale=None
         raise ConfigError("the run has no controller yet", adapter, "finish its training")
     digest = draw.identity(base)
     plain = cnxs_jax.load_pipeline(base, mesh=draw.local_mesh())
-    pipes = {"base": plain, "controller": plain.replace(control=adapter)}
+    compat = (config.get("control") or {}).get("compat") or "official"
+    trained = controls.read_controller(adapter, dtype=None, compat=compat)
+    pipes = {"base": plain, "controller": plain.replace(control=trained)}
     sets = run.scene_sets(world, size, options, options.metrics, hint, weights)
     run.check_size(plain, sets["test"])
-    steps = plain.steps if steps is None else steps
-    guidance_scale = plain.guidance_scale if guidance_scale is None else guidance_scale
+    own_steps, own_scale = plain.defaults()
+    steps = own_steps if steps is None else steps
+    guidance_scale = own_scale if guidance_scale is None else guidance_scale
     batch = options.batch_size or min(options.num_prompts, 64)
     vae = plain.components["vae"]
     ceilings = {

@@ -279,7 +279,8 @@ def fresh_params(adapter, key):
     """
     side = 2 ** (len(adapter.block_out_channels) - 1)
     f, text = adapter.hint_factor * side, jnp.zeros((1, 1, adapter.cross_attention_dim))
-    x, hint = jnp.zeros((1, side, side, adapter.in_channels)), jnp.zeros((1, f, f, 3))
+    x = jnp.zeros((1, side, side, adapter.in_channels))
+    hint = jnp.zeros((1, f, f, adapter.conditioning_channels))
     params = jax.jit(adapter.init)(key, x, hint, text)["params"]
     last = (r".*resnets_\d+/conv2/kernel", r".*attentions_\d+/proj_out/kernel")
     return tree.map_with_path(

@@ -49,15 +49,19 @@ function stroke(event) {
 }
 
 canvas.addEventListener("pointerdown", (event) => {
+  if (state.colour === null) return; // a picture that is only shown
   canvas.setPointerCapture(event.pointerId);
   state.last = null;
   stroke(event);
 });
 canvas.addEventListener("pointermove", (event) => event.buttons && state.last && stroke(event));
-canvas.addEventListener("pointerup", () => {
-  state.last = null;
-  send();
-});
+for (const end of ["pointerup", "pointercancel"]) {
+  canvas.addEventListener(end, () => {
+    if (state.last === null) return;
+    state.last = null;
+    send();
+  });
+}
 
 function choose(colour, button) {
   state.colour = colour;

@@ -78,6 +78,7 @@ def sample(denoise, params, x, cond, table, key=None, noise=None, post=None):
         network, tree, own_cond = (_of(expert, v) for v in (denoise, params, cond))
         if (expert, guided) not in prepared:
             wanted = own_cond if guided else _without_null(own_cond)
+            wanted = _with_scale(wanted, x.shape[0])
             prepared[expert, guided] = prepare(network, tree, wanted)
         row = _row(network, tree, prepared[expert, guided], keys, post)
         rows = {name: column[low:high] for name, column in columns.items()}
@@ -103,7 +104,8 @@ def sample_from_host(
     for (expert, guided), low, high in _segments(table, cond):
         network, own_cond = _of(expert, denoise), _of(expert, cond)
         tree = load(_of(expert, params))
-        prepared = _prepare_once(network, tree, own_cond if guided else _without_null(own_cond))
+        wanted = own_cond if guided else _without_null(own_cond)
+        prepared = _prepare_once(network, tree, _with_scale(wanted, x.shape[0]))
         for i in range(low, high):
             row = {name: column[i] for name, column in columns.items()}
             carry = _one_row(network, post, tree, carry, prepared, row, keys)
@@ -158,6 +160,15 @@ def _row_cond(cond, sigma, control, batch):
     cond = {**cond, "sigma": jnp.full((batch,), sigma, jnp.float32)}
     cond = _controlled(cond, control)
     return {**cond, "null": _controlled(cond["null"], control)} if "null" in cond else cond
+
+
+def _with_scale(cond, batch):
+    """`cond` with a control scale of 1 where there is a hint and none: rows multiply it."""
+    if "hint" not in cond or "control_scale" in cond:
+        return cond
+    one, hint = jnp.ones((batch,), jnp.float32), cond["hint"]
+    several = isinstance(hint, tuple | list)
+    return {**cond, "control_scale": (one,) * len(hint) if several else one}
 
 
 def _controlled(cond, control):

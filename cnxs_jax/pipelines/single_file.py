@@ -33,11 +33,16 @@ def save_single_file(pipe, file, dtype=None):
         dtype: of the stored weights, "float32" or "bfloat16"; as they are unless given.
 
     Raises:
-        ConfigError: no Stable Diffusion pipeline, or another ending than `.safetensors`.
+        ConfigError: no Stable Diffusion pipeline, one with controllers, or another ending than
+            `.safetensors`.
     """
     file = Path(file)
     if file.suffix != ".safetensors":
         raise ConfigError(f"{file.name!r} does not end in .safetensors", "save_single_file")
+    if pipe.controllers:
+        what = f"such a file has no place for {len(pipe.controllers)} controller(s)"
+        fix = "write it without them, `pipe.replace(control=[])`, and each on its own"
+        raise ConfigError(what, "save_single_file", fix)
     kind, parts = kind_of_pipeline(pipe), {}
     for name, (module, params) in pipe.components.items():
         table = single_file.table_of(kind, name, module)

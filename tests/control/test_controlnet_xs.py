@@ -175,6 +175,11 @@ def test_sampling_with_start_and_end_compiles_once(base, controlled):
     weak = sample(params, {**cond, "control_scale": np.full(BATCH, 0.3, np.float32)}, table)
     off = sample(params, cond, table.with_control(0.9, 0.95))
     assert sample._cache_size() == 1
+    without = {k: v for k, v in cond.items() if k != "control_scale"}  # the same as 1
+    one = sample(params, {**without, "control_scale": np.ones(BATCH, np.float32)}, table)
+    np.testing.assert_allclose(sample(params, without, table), one, rtol=0, atol=1e-6)
+    late = table.with_control(0.9, 0.95)
+    np.testing.assert_allclose(sample(params, without, late), off, rtol=0, atol=1e-6)
     network = guidance.cfg(sampling.denoiser(BASE))
     none = jax.jit(lambda: sampling.sample(network, base, x, plain, table))()
     np.testing.assert_allclose(off, none, rtol=0, atol=1e-4)

@@ -11,6 +11,7 @@ from cnxs_jax.errors import ConfigError
 from cnxs_jax.pipelines import base, images, load
 from cnxs_jax.pipelines import control as controls
 from cnxs_jax.pipelines.control import Controller
+from cnxs_jax.pipelines.single_file import save_single_file
 from cnxs_jax.storage import write_json
 from tests.pipelines import tiny, tiny_sd
 
@@ -30,6 +31,12 @@ def pipe(plain):
 @pytest.fixture(scope="module")
 def pixart(tmp_path_factory):
     return tiny.pipeline(tmp_path_factory.mktemp("tokenizer")).replace(control=tiny.controller())
+
+
+def test_a_single_file_has_no_place_for_a_controller(pipe, tmp_path):
+    with pytest.raises(ConfigError, match=r"(?s)no place for 1 controller.*replace\(control=\[\]\)"):
+        save_single_file(pipe, tmp_path / "all.safetensors")
+    save_single_file(pipe.replace(control=[]), tmp_path / "all.safetensors")
 
 
 def test_of_a_file_with_a_base_the_controller_is_taken(pixart, tmp_path):
