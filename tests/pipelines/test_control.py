@@ -42,10 +42,10 @@ def test_a_single_file_has_no_place_for_a_controller(pipe, tmp_path):
 def test_of_a_file_with_a_base_the_controller_is_taken(pixart, tmp_path):
     """PixArt's own: both networks in one file."""
     both = controls.attach(pixart.components["transformer"], pixart.controllers)
-    load.save_official(*both, tmp_path / "control.pth")
+    load.save_official(*both, tmp_path / "control.safetensors")
     own = pixart.controllers[0]
     write_json(tmp_path / "config.json", families.config_of(own.module))
-    found = pixart.replace(control=tmp_path / "control.pth").controllers[0]
+    found = pixart.replace(control=tmp_path / "control.safetensors").controllers[0]
     assert found.module == own.module
     jax.tree.map(np.testing.assert_array_equal, found.params, own.params)
 
