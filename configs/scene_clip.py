@@ -2,7 +2,7 @@ r"""A tiny CLIP on emoji scenes: the CLIP conditions of `configs/ediffi.py` in t
 
 The contrastive loss of arXiv 2103.00020 (figure 3; learned temperature, at most 100); both encoders
 start from nothing. What differs from the paper, and why: 64 px scenes and captions of at most 24
-tokens of the embedded tokenizer; batch 128 instead of 32,768, so pairs with equal captions are left
+tokens of the embedded tokenizer; batch 64 instead of 32,768, so pairs with equal captions are left
 out of each other's mismatches.
 
   :tiny   1.3 M parameters (the default)
@@ -31,8 +31,8 @@ def get_config(variant="tiny"):
 def tiny():
     config = common.run("train.tasks_clip:contrastive")
     config.name = "scene_clip"
-    config.steps = 3000
-    config.batch_size = 128
+    config.steps = 1200
+    config.batch_size = 64
     config.ema_decay = 0.998
     config.ema_warmup = True
     config.matmul_precision = "auto"

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from cnxs_jax.errors import ConfigError, did_you_mean
 from cnxs_jax.models.attention import attention
+from cnxs_jax.models.layers import Dense
 
 LEGACY_EOS = 2  # what transformers wrote into configs before it had the true id
 
@@ -41,13 +42,13 @@ class SelfAttention(nn.Module):
         D = x_BxLxD.shape[-1]
 
         def heads(name):
-            h = nn.Dense(D, dtype=self.dtype, name=name)(x_BxLxD)
+            h = Dense(D, dtype=self.dtype, name=name)(x_BxLxD)
             return h.reshape(*h.shape[:2], self.num_heads, D // self.num_heads)
 
         q, k, v = heads("q_proj"), heads("k_proj"), heads("v_proj")
         # "xla": a causal bias in bfloat16, which the fused kernels take, would overflow.
         out = attention(q, k, v, mask_BxS=mask_BxL, bias=bias, impl="xla")
-        return nn.Dense(D, dtype=self.dtype, name="out_proj")(out.reshape(x_BxLxD.shape))
+        return Dense(D, dtype=self.dtype, name="out_proj")(out.reshape(x_BxLxD.shape))
 
 
 class MLP(nn.Module):
@@ -59,8 +60,8 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        h = nn.Dense(self.intermediate_size, dtype=self.dtype, name="fc1")(x)
-        return nn.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(ACTIVATIONS[self.hidden_act](h))
+        h = Dense(self.intermediate_size, dtype=self.dtype, name="fc1")(x)
+        return Dense(x.shape[-1], dtype=self.dtype, name="fc2")(ACTIVATIONS[self.hidden_act](h))
 
 
 class EncoderLayer(nn.Module):
@@ -188,7 +189,7 @@ class CLIPTextModelWithProjection(CLIPTextModel):
 
     def setup(self):
         super().setup()
-        self.text_projection = nn.Dense(self.projection_dim, use_bias=False, dtype=jnp.float32)
+        self.text_projection = Dense(self.projection_dim, use_bias=False, dtype=jnp.float32)
 
     def __call__(self, ids, mask=None):
         out = self.encode(ids, mask)
@@ -251,7 +252,7 @@ class CLIPVisionModelWithProjection(nn.Module):
     def setup(self):
         check(self)
         self.vision_model = VisionTransformer(self.clone(parent=None, name=None))
-        self.visual_projection = nn.Dense(self.projection_dim, use_bias=False, dtype=jnp.float32)
+        self.visual_projection = Dense(self.projection_dim, use_bias=False, dtype=jnp.float32)
 
     def __call__(self, images):
         expected = (self.image_size, self.image_size, self.num_channels)

@@ -1,0 +1,111 @@
+"""`python -m eval.ediffi`: what eDiff-I claims, measured on a cascade of the embedded world.
+
+  python -m eval.ediffi --cascade=runs/cascade/export --out=runs/ediffi_studies
+      attention   attention to text against noise, and a prompt that is switched on the way
+      painting    placement against the weight of painted words
+      style       a reference picture's style
+      encoders    T5, CLIP or both, on short and long captions
+  python -m eval.ediffi --study=experts --runs=runs/arms --seeds=0,1,2 \\
+      --cascade=runs/cascade/export --out=runs/ediffi_studies
+      experts against one shared model; trains what is missing (about 40 minutes a seed on one core)
+
+Writes OUT/<study>.json and OUT/<study>.png, and OUT/report.md of all that are there. A study that
+was made with the same settings is not made again.
+"""
+
+import json
+from pathlib import Path
+
+from absl import flags, logging
+
+import cnxs_jax
+from cnxs_jax import errors
+from cnxs_jax.storage import write_json
+from eval import report
+from eval.draw import identity
+from eval.ediffi import attention, encoders, experts, page, painting, style
+
+OF_A_CASCADE = {
+    "attention": attention.study,
+    "painting": painting.study,
+    "style": style.study,
+    "encoders": encoders.study,
+}
+CASCADE = flags.DEFINE_string("cascade", None, "Pipeline directory of a cascade to 64 px.")
+STUDY = flags.DEFINE_list(
+    "study", list(OF_A_CASCADE), f"Which: {', '.join(OF_A_CASCADE)}, experts."
+)
+OUT = flags.DEFINE_string("out", "runs/ediffi_studies", "Directory of the figures.")
+NUMBER = flags.DEFINE_integer("number", 256, "Pictures a row.", lower_bound=8)
+SEED = flags.DEFINE_integer("seed", 0, "Of questions and noise.", lower_bound=0)
+RUNS = flags.DEFINE_string("runs", "runs/ediffi_arms", "Directory of the arms' runs.")
+SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Training seeds of the arms.")
+ARMS = flags.DEFINE_list("arms", list(experts.ARMS), "Which arms.")
+CLIP = flags.DEFINE_string("clip_path", None, "CLIP of the arms; default: the shipped one.")
+REDO = flags.DEFINE_bool("redo", False, "Make a study again.")
+
+
+def settings(name):
+    """What decides the figures of a study, JSON-able."""
+    who = identity(CASCADE.value) if CASCADE.value else None
+    found = {"cascade": who, "number": NUMBER.value, "seed": SEED.value}
+    return found | ({"arms": ARMS.value, "seeds": SEEDS.value} if name == "experts" else {})
+
+
+def opened():
+    """The cascade, or None without --cascade."""
+    if not CASCADE.value:
+        return None
+    pipe = cnxs_jax.load_pipeline(CASCADE.value)
+    if getattr(pipe, "stages", None) is None or pipe.sizes(None, None)[0] != (64, 64):
+        raise errors.ConfigError("no cascade to 64 px", "--cascade", "train configs/ediffi.py")
+    return pipe
+
+
+def make(name, out):
+    """Makes one study, unless it is there."""
+    path, wanted = out / f"{name}.json", settings(name)
+    if path.is_file() and json.loads(path.read_text())["settings"] == wanted and not REDO.value:
+        print(f"{name}: made before, see {path}", flush=True)
+        return
+    if name == "experts":
+        seeds = [int(s) for s in SEEDS.value]
+        found = experts.study(RUNS.value, ARMS.value, seeds, opened(), NUMBER.value, CLIP.value)
+        shown = None
+    else:
+        found, shown = OF_A_CASCADE[name](opened(), NUMBER.value, SEED.value)
+    write_json(path, report.plain({"settings": wanted} | found), sort_keys=False)
+    page.picture(out / f"{name}.png", name, found, shown)
+    print(f"{name}: {path}", flush=True)
+
+
+def check():
+    """Raises ConfigError for unknown names and numbers that are none."""
+    for value, known, flag in (
+        (STUDY.value, [*OF_A_CASCADE, "experts"], "--study"),
+        (ARMS.value, list(experts.ARMS), "--arms"),
+    ):
+        for word in value:
+            if word not in known:
+                what = f"unknown {word!r}.{errors.did_you_mean(word, known)}"
+                raise errors.ConfigError(what, flag, f"some of {', '.join(known)}")
+    if not all(seed.isdigit() for seed in SEEDS.value):
+        raise errors.ConfigError(f"not whole numbers: {SEEDS.value}", "--seeds", "0,1,2")
+    if not CASCADE.value and STUDY.value != ["experts"]:
+        raise errors.ConfigError("no cascade to study", "--cascade", "--cascade=RUN/export")
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise errors.ConfigError(f"unknown argument {argv[1]!r}", "command line", "see --help")
+    logging.set_verbosity(logging.ERROR)
+    check()
+    out = Path(OUT.value)
+    for name in STUDY.value:
+        make(name, out)
+    print(page.write(out))
+    return 0
+
+
+if __name__ == "__main__":
+    errors.run_app(main)

@@ -1,0 +1,133 @@
+"""(a) Experts against one shared model, at equal training samples and equal cost of sampling.
+
+Every arm starts from the same shared model of its seed and sees as many pictures after it:
+
+  ensemble   three experts, each on its own noise levels (`configs/ediffi.py:tiny`)
+  shared     one model on all levels (`:shared`)
+  mixed      one model on the levels that the experts' shares amount to (`:mixed`)
+  updates    one model in smaller batches, so that it is updated more often (`:updates`)
+
+A run of an arm ends with the held-out loss of every noise interval, on the same pictures and noises
+in all arms; here they are put side by side, and each arm draws with the same larger stages.
+"""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+import cnxs_jax
+from cnxs_jax.data import emoji_scenes
+from cnxs_jax.errors import ConfigError
+from configs import ediffi as recipe
+from eval.ediffi import drawing
+from eval.metrics import features, kid, scene_accuracy
+from train import loop
+
+ARMS = {"ensemble": "tiny", "shared": "shared", "mixed": "mixed", "updates": "updates"}
+BASELINE = "shared"
+
+
+def config_of(arm, seed, clip_path=None):
+    """The recipe of an arm with everything that is drawn from another seed."""
+    config = recipe.get_config(ARMS[arm])
+    for name in config.stages:
+        stage = config[name]
+        stage.seed = stage.data.seed = seed
+        if clip_path:
+            stage.clip_path = clip_path
+    return config
+
+
+def train(runs, arms, seeds, clip_path=None):
+    """Trains what is missing; a directory ARM_SEED each. The arms of a seed share their parent."""
+    for seed in seeds:
+        for arm in arms:
+            root = Path(runs) / f"{arm}_{seed}"
+            share_parent(runs, root, seed)
+            loop.main(config_of(arm, seed, clip_path), root, resume=True)
+
+
+def share_parent(runs, root, seed):
+    """Copies the finished shared stage of another arm of the seed to `root`."""
+    if (root / "shared").exists():
+        return
+    for arm in ARMS:
+        found = Path(runs) / f"{arm}_{seed}" / "shared"
+        if (found / "export").is_dir():
+            shutil.copytree(found, root / "shared")
+            return
+
+
+def losses(root):
+    """(bins, total) of a finished run: [{"quantiles", "result", ...}], weighted by their mass."""
+    path = Path(root) / "report.json"
+    if not path.is_file():
+        raise ConfigError("no finished run there", str(root), "train it: --study=experts")
+    found = json.loads(path.read_text())["losses"]["base"]
+    return found["bins"], found["total"]["result"]
+
+
+def compare(runs, arms, seeds):
+    """Rows: one a noise interval and one of all, the ratios to the shared model's of each arm."""
+    every = {(a, s): losses(Path(runs) / f"{a}_{s}") for a in arms for s in seeds}
+    bins, rows = every[arms[0], seeds[0]][0], []
+    for i, one in enumerate(bins):
+        line = {"quantiles": "{:.4g} to {:.4g}".format(*one["quantiles"]), "expert": one["expert"]}
+        for arm in arms:
+            ratios = [
+                every[arm, s][0][i]["result"] / every[BASELINE, s][0][i]["result"] for s in seeds
+            ]
+            line |= spread(arm, ratios)
+        rows.append(line)
+    total = {"quantiles": "all", "expert": "-"}
+    for arm in arms:
+        ratios = [every[arm, s][1] / every[BASELINE, s][1] for s in seeds]
+        total |= spread(arm, ratios)
+    return [*rows, total]
+
+
+def spread(arm, ratios):
+    """Mean and every seed's ratio; the baseline is 1 by definition and left out."""
+    if arm == BASELINE:
+        return {}
+    return {arm: float(np.mean(ratios)), f"{arm}, each seed": ", ".join(f"{r:.3f}" for r in ratios)}
+
+
+def pictures(runs, arms, seeds, cascade, number, scale=None):
+    """Rows: scene accuracy and KID of every arm's base with the larger stages of `cascade`."""
+    read = scene_accuracy.load_checker()
+    made = [
+        emoji_scenes.make_scene(np.random.default_rng([7, n]), split="test", truth=False)
+        for n in range(number)
+    ]
+    real = [
+        emoji_scenes.make_scene(np.random.default_rng([8, n]), split="test", truth=False)["image"]
+        for n in range(2 * number)
+    ]
+    extract = features.extractor()
+    real, captions = extract(np.stack(real)), [scene["caption"] for scene in made]
+    rows = []
+    for arm in arms:
+        for seed in seeds:
+            own = cnxs_jax.load_pipeline(Path(runs) / f"{arm}_{seed}" / "export")
+            pipe = dataclasses.replace(own, stages=(own.stages[0], *cascade.stages[1:]))
+            images = drawing.draw(pipe, captions, seed=0, guidance_scale=scale)
+            figures, _ = scene_accuracy.score(read, images, [scene["prompt"] for scene in made])
+            wanted = ("objects", "style", "background", "relation", "all_correct")
+            rows.append({"arm": arm, "seed": seed}
+                        | {k: figures[k] for k in wanted if k in figures}
+                        | {"KID": kid.kid(extract(images), real).as_dict()})  # fmt: skip
+    return rows
+
+
+def study(runs, arms, seeds, cascade, number, clip_path=None):
+    """Trains, compares and draws."""
+    if BASELINE not in arms:
+        raise ConfigError(f"nothing to compare with: {arms}", "--arms", f"add {BASELINE}")
+    train(runs, arms, seeds, clip_path)
+    rows = compare(runs, arms, seeds)
+    drawn = pictures(runs, arms, seeds, cascade, number) if cascade is not None else []
+    return {"rows": rows, "drawn": drawn}

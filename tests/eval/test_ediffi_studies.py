@@ -1,0 +1,148 @@
+"""The studies of eDiff-I: real scenes as what was drawn, and a cascade of random networks."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cnxs_jax.data import emoji_scenes
+from cnxs_jax.errors import ConfigError
+from cnxs_jax.models.conditioning import MASKS, dropped
+from eval.ediffi import attention, drawing, experts, painting, style
+from tests.pipelines.test_ediffi import drawn, pipe  # noqa: F401
+
+pytestmark = pytest.mark.filterwarnings("ignore:caption has")
+
+
+def scene(seed, **spec):
+    return emoji_scenes.make_scene(np.random.default_rng(seed), spec, split="test", truth=False)
+
+
+def test_a_thing_counts_where_its_half_was_painted():
+    asked = [{"things": ("tiger", "carrot")}] * 6
+    found = drawing.seen(np.stack([
+        scene(n, concepts=["tiger", "carrot"], relation="left of")["image"] for n in range(6)
+    ]))  # fmt: skip
+    verdicts = [painting.verdict(f, a["things"], 64) for f, a in zip(found, asked, strict=True)]
+    turned = [painting.verdict(f, ("carrot", "tiger"), 64) for f in found]
+    assert np.mean(verdicts) >= 0.9
+    assert not any(placed for _, placed in turned)
+    assert not any(present for present, _ in [painting.verdict(f, ("tiger", "robot"), 64)
+                                              for f in found])  # fmt: skip
+
+
+def test_painted_questions_name_no_side_and_are_balanced():
+    asked = painting.questions(64, 0, 8)
+    firsts = [a["prompt"].split(" and ")[0].split(" ", 1)[1] == a["things"][0] for a in asked]
+    assert 0.3 < np.mean(firsts) < 0.7
+    for one in asked[:8]:
+        left, right = (one["masks"][word] for word in one["things"])
+        assert left[:, :4].all()
+        assert right[:, 4:].all()
+        assert np.all(left + right == 1)
+
+
+def test_style_is_judged_on_the_prompted_thing_alone():
+    asked = style.questions(8, 0)
+    same = [scene(n, concepts=[a["thing"]], style=a["style"]) for n, a in enumerate(asked)]
+    right = style.judge(np.stack([s["image"] for s in same]), asked)
+    assert right["style"]["value"] >= 0.85
+    assert right["objects"]["value"] == 1.0
+    references = style.judge(np.stack([a["reference"] for a in asked]), asked)
+    assert references["objects"]["value"] == 0.0  # the reference's thing is another one
+    assert references["leaked"]["value"] == 1.0
+    assert references["style"] is None  # nothing to judge
+    assert references["leaked by chance"]["value"] <= 0.2
+
+
+def test_masked_conditions_leave_the_prompt_without_effect(pipe):  # noqa: F811
+    bare = drawing.without(pipe, *MASKS)
+    same = drawn(bare, "a red fox", guidance_scale=1.0), drawn(bare, "blue", guidance_scale=1.0)
+    np.testing.assert_array_equal(*same)
+    told = drawn(pipe, "a red fox", guidance_scale=1.0)
+    assert np.abs(told - same[0]).max() > 1e-3
+    without_clip = drawn(drawing.without(pipe, "clip_text_mask"), guidance_scale=1.0)
+    assert np.abs(told - without_clip).max() > 1e-4
+    with pytest.raises(ValueError, match="unknown masks"):
+        drawing.without(pipe, "text")
+
+
+def test_a_picture_of_a_study_does_not_depend_on_its_batch(pipe, monkeypatch):  # noqa: F811
+    prompts = ["a red fox", "blue", "a red fox"]
+    monkeypatch.setattr(drawing, "BATCH", 2)
+    images = drawing.draw(pipe, prompts, seed=3)
+    assert images.shape == (3, 16, 16, 3)
+    assert np.abs(images[0].astype(int) - images[2]).max() > 0  # another noise
+    monkeypatch.setattr(drawing, "BATCH", 3)
+    again = drawing.draw(pipe, prompts, seed=3).astype(int)
+    assert np.abs(images.astype(int) - again).max() <= 1
+
+
+@pytest.mark.parametrize(("cut", "which"), [(0, 1), (3, 0)])
+def test_a_switch_at_either_end_is_one_prompt(pipe, cut, which):  # noqa: F811
+    prompts = [["a red fox"] * 2, ["blue"] * 2]
+    made = attention.switched(pipe, *prompts, cut=cut, seed=1)
+    same = attention.switched(pipe, prompts[which], prompts[which], cut=1, seed=1)
+    np.testing.assert_array_equal(made, same)
+    half = attention.switched(pipe, *prompts, cut=1, seed=1)
+    other = attention.switched(pipe, *prompts, cut=3 - cut, seed=1)
+    assert np.abs(half.astype(int) - made).max() > 0
+    assert np.abs(other.astype(int) - made).max() > 0
+
+
+def test_attention_goes_to_text_or_to_the_null_token(pipe):  # noqa: F811
+    module, params = pipe.stages[0].experts[1]
+    batch = attention.real_batch(pipe, 4, seed=0)
+    sigma = jnp.full((4,), 2.0)
+    share, effect = attention.at_level(
+        module, params, batch, sigma, jax.random.normal(jax.random.key(0), batch["x"].shape), 0.5
+    )
+    assert np.all((np.asarray(share) > 0.05) & (np.asarray(share) < 0.999))
+    assert np.all(np.asarray(effect) > 1e-4)
+    bare = {"x": batch["x"], "cond": {**batch["cond"], **dropped(batch["cond"])}}
+    share, effect = attention.at_level(module, params, bare, sigma, 0 * batch["x"], 0.5)
+    np.testing.assert_array_equal(share, 0.0)
+    np.testing.assert_array_equal(effect, 0.0)
+
+
+def test_every_level_is_read_by_its_owner(pipe):  # noqa: F811
+    rows = attention.attention(pipe.stages[0], attention.real_batch(pipe, 2, 0), (0.1, 50.0))
+    assert [row["expert"] for row in rows] == [i.name for i in pipe.stages[0].intervals]
+
+
+def finished(root, values):
+    """A run's report with these losses in two noise intervals."""
+    root.mkdir(parents=True)
+    bins = [
+        {"quantiles": q, "expert": "E", "result": v}
+        for q, v in zip(([0, 0.25], [0.25, 1]), values, strict=True)
+    ]
+    total = {"result": 0.25 * values[0] + 0.75 * values[1]}
+    (root / "report.json").write_text(
+        json.dumps({"losses": {"base": {"bins": bins, "total": total}}})
+    )
+
+
+def test_arms_are_compared_seed_by_seed(tmp_path):
+    for seed, factor in ((0, 1.0), (1, 3.0)):
+        finished(tmp_path / f"shared_{seed}", (1.0 * factor, 2.0 * factor))
+        finished(tmp_path / f"ensemble_{seed}", (0.8 * factor, (1.8 + 0.2 * seed) * factor))
+    rows = experts.compare(tmp_path, ["ensemble", "shared"], [0, 1])
+    assert [row["ensemble"] for row in rows] == pytest.approx([0.8, 0.95, 0.9286], abs=1e-4)
+    assert rows[1]["ensemble, each seed"] == "0.900, 1.000"
+    assert "shared" not in rows[0]
+    with pytest.raises(ConfigError, match="no finished run"):
+        experts.compare(tmp_path, ["mixed", "shared"], [0])
+
+
+def test_arms_of_a_seed_share_their_parent(tmp_path):
+    (tmp_path / "shared_0" / "shared" / "export").mkdir(parents=True)
+    experts.share_parent(tmp_path, tmp_path / "ensemble_0", 0)
+    assert (tmp_path / "ensemble_0" / "shared" / "export").is_dir()
+    experts.share_parent(tmp_path, tmp_path / "ensemble_1", 1)
+    assert not (tmp_path / "ensemble_1").exists()
+    first, second = (experts.config_of("ensemble", seed).to_dict() for seed in (0, 1))
+    assert first["shared"] == experts.config_of("updates", 0).to_dict()["shared"]
+    assert second["low"]["seed"] == second["low"]["data"]["seed"] == 1 != first["low"]["seed"]
