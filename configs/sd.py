@@ -43,7 +43,7 @@ def get_config(variant="tiny"):
 def tiny():
     config = common.run("train.tasks_unet:base")
     config.name = "sd"
-    config.steps = 4000
+    config.steps = 3200
     config.batch_size = 32
     config.ema_decay = 0.999
     config.ema_warmup = True

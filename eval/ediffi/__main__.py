@@ -13,23 +13,28 @@ Writes OUT/<study>.json and OUT/<study>.png, and OUT/report.md of all that are t
 was made with the same settings is not made again.
 """
 
-import json
 from pathlib import Path
 
 from absl import flags, logging
 
 import cnxs_jax
 from cnxs_jax import errors
-from cnxs_jax.storage import write_json
-from eval import report
+from eval import study
 from eval.draw import identity
-from eval.ediffi import attention, encoders, experts, page, painting, style
+from eval.ediffi import attention, encoders, experts, painting, style
 
 OF_A_CASCADE = {
     "attention": attention.study,
     "painting": painting.study,
     "style": style.study,
     "encoders": encoders.study,
+}
+TITLES = {
+    "experts": "(a) Experts against one shared model",
+    "attention": "(b) Attention to text, and a prompt switched on the way",
+    "painting": "(c) Painted words",
+    "style": "(d) A reference picture's style",
+    "encoders": "(e) Which encoder",
 }
 CASCADE = flags.DEFINE_string("cascade", None, "Pipeline directory of a cascade to 64 px.")
 STUDY = flags.DEFINE_list(
@@ -62,21 +67,12 @@ def opened():
     return pipe
 
 
-def make(name, out):
-    """Makes one study, unless it is there."""
-    path, wanted = out / f"{name}.json", settings(name)
-    if path.is_file() and json.loads(path.read_text())["settings"] == wanted and not REDO.value:
-        print(f"{name}: made before, see {path}", flush=True)
-        return
-    if name == "experts":
-        seeds = [int(s) for s in SEEDS.value]
-        found = experts.study(RUNS.value, ARMS.value, seeds, opened(), NUMBER.value, CLIP.value)
-        shown = None
-    else:
-        found, shown = OF_A_CASCADE[name](opened(), NUMBER.value, SEED.value)
-    write_json(path, report.plain({"settings": wanted} | found), sort_keys=False)
-    page.picture(out / f"{name}.png", name, found, shown)
-    print(f"{name}: {path}", flush=True)
+def function(name):
+    """`() -> (figures, shown)` of a study."""
+    if name != "experts":
+        return lambda: OF_A_CASCADE[name](opened(), NUMBER.value, SEED.value)
+    seeds = [int(s) for s in SEEDS.value]
+    return lambda: experts.study(RUNS.value, ARMS.value, seeds, opened(), NUMBER.value, CLIP.value)
 
 
 def check():
@@ -102,8 +98,8 @@ def main(argv):
     check()
     out = Path(OUT.value)
     for name in STUDY.value:
-        make(name, out)
-    print(page.write(out))
+        study.make(out, name, settings(name), function(name), REDO.value)
+    print(study.write(out, "eDiff-I on the embedded world", TITLES))
     return 0
 
 

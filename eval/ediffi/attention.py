@@ -20,7 +20,8 @@ from cnxs_jax.models.conditioning import MASKS, dropped
 from cnxs_jax.pipelines.cascade import Stage, draw_stage
 from cnxs_jax.pipelines.ediffi import encode
 from cnxs_jax.pipelines.images import to_uint8
-from eval.ediffi import drawing
+from eval import ask
+from eval.ediffi import encoders
 from eval.metrics import bootstrap
 from train.tasks_ediffi import shrunk
 
@@ -138,10 +139,10 @@ def guided_cond(pipe, prompts):
 
 def switched(pipe, first, second, cut, seed):
     """uint8 pictures; the larger sizes get no text, so that the base alone says what is seen."""
-    bare, made = drawing.without(pipe, *MASKS), []
+    bare, made = encoders.without(pipe, *MASKS), []
     own = {f.name: getattr(pipe.stages[0], f.name) for f in dataclasses.fields(Stage)}
-    for start in range(0, len(first), drawing.BATCH):
-        part = slice(start, start + drawing.BATCH)
+    for start in range(0, len(first), ask.BATCH):
+        part = slice(start, start + ask.BATCH)
         conds = [guided_cond(pipe, prompts[part]) for prompts in (first, second)]
         stages = (Switched(**own, first=conds[0], second=conds[1], cut=cut), *pipe.stages[1:])
         seeds = [(seed, n) for n in range(start, start + len(first[part]))]
@@ -154,19 +155,19 @@ def switched(pipe, first, second, cut, seed):
 
 def switching(pipe, number, seed, fractions=FRACTIONS):
     """Rows over the fraction of the steps before the switch, and the first pictures of each."""
-    pairs = [drawing.several(np.random.default_rng([seed, n]), 2) for n in range(number)]
+    pairs = [ask.several(np.random.default_rng([seed, n]), 2) for n in range(number)]
     words = [[pair[i] for pair in pairs] for i in (0, 1)]
     first, second = ([with_article(word) for word in side] for side in words)
     steps = pipe.stages[0].sampler.steps
     images = {f: switched(pipe, first, second, round(f * steps), seed) for f in fractions}
     kept, rows = images[max(fractions)].astype(np.float32), []
     for fraction, made in images.items():
-        found = drawing.seen(made)
+        found = ask.seen(made)
         moved = np.abs(made - kept).mean((1, 2, 3))
         rows.append(
             {"switched after": fraction, "change": bootstrap.mean(moved)}
-            | drawing.shares(**{
-                name: [drawing.best(f, w) is not None for f, w in zip(found, side, strict=True)]
+            | ask.shares(**{
+                name: [ask.best(f, w) is not None for f, w in zip(found, side, strict=True)]
                 for name, side in (("first prompt found", words[0]), ("second", words[1]))
             })
         )  # fmt: skip
@@ -175,10 +176,11 @@ def switching(pipe, number, seed, fractions=FRACTIONS):
 
 def study(pipe, number, seed):
     """Both parts; the pictures are those of the switch."""
-    levels = attention(pipe.stages[0], real_batch(pipe, min(number, drawing.BATCH), seed))
+    levels = attention(pipe.stages[0], real_batch(pipe, min(number, ask.BATCH), seed))
     order = scipy.stats.spearmanr(
         [row["sigma"] for row in levels], [row["attention to text"]["value"] for row in levels]
     )
     rows, shown = switching(pipe, number, seed)
-    found = {"levels": levels, "rows": rows, "spearman": float(order.statistic)}
+    note = f"Spearman of noise level and attention to text: {order.statistic:.3f}"
+    found = {"levels": levels, "rows": rows, "notes": [note]}
     return found, {"prompts": [""] * 8, "images": shown}

@@ -22,7 +22,8 @@ import cnxs_jax
 from cnxs_jax.data import emoji_scenes
 from cnxs_jax.errors import ConfigError
 from configs import ediffi as recipe
-from eval.ediffi import drawing
+from eval import ask
+from eval import study as study_page
 from eval.metrics import features, kid, scene_accuracy
 from train import loop
 
@@ -114,7 +115,7 @@ def pictures(runs, arms, seeds, cascade, number, scale=None):
         for seed in seeds:
             own = cnxs_jax.load_pipeline(Path(runs) / f"{arm}_{seed}" / "export")
             pipe = dataclasses.replace(own, stages=(own.stages[0], *cascade.stages[1:]))
-            images = drawing.draw(pipe, captions, seed=0, guidance_scale=scale)
+            images = ask.draw(pipe, captions, seed=0, guidance_scale=scale)
             figures, _ = scene_accuracy.score(read, images, [scene["prompt"] for scene in made])
             wanted = ("objects", "style", "background", "relation", "all_correct")
             rows.append({"arm": arm, "seed": seed}
@@ -130,4 +131,19 @@ def study(runs, arms, seeds, cascade, number, clip_path=None):
     train(runs, arms, seeds, clip_path)
     rows = compare(runs, arms, seeds)
     drawn = pictures(runs, arms, seeds, cascade, number) if cascade is not None else []
-    return {"rows": rows, "drawn": drawn}
+    return {"rows": rows, "drawn": drawn}, ratios(rows)
+
+
+def ratios(rows):
+    """The loss of each arm over the shared model's in every noise interval, as a plot."""
+    figure, panel = study_page.plots().subplots(figsize=(7, 4), layout="constrained")
+    own = [row for row in rows if row["quantiles"] != "all"]
+    places = np.arange(len(own))
+    for arm in [k for k in own[0] if k in ARMS]:
+        panel.plot(places, [row[arm] for row in own], marker="o", label=arm)
+    panel.axhline(1.0, color="grey", linewidth=1, label="shared")
+    panel.set_xticks(places, [row["quantiles"].replace(" to ", "\n") for row in own], fontsize=8)
+    panel.set_xlabel("quantiles of the training noise, low noise left")
+    panel.set_ylabel("held-out loss over the shared model's")
+    panel.legend(frameon=False)
+    return figure

@@ -8,7 +8,7 @@ import numpy as np
 
 from cnxs_jax.control.paint import RECOMMENDED_WEIGHT
 from cnxs_jax.data.scenes import with_article
-from eval.ediffi import drawing
+from eval import ask
 
 WEIGHTS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)
 
@@ -20,7 +20,7 @@ def questions(number, seed, size):
     asked = []
     for n in range(number):
         rng = np.random.default_rng([seed, n])
-        things = drawing.several(rng, 2)
+        things = ask.several(rng, 2)
         prompt = " and ".join(with_article(word) for word in things)
         on_left, on_right = things if rng.random() < 0.5 else things[::-1]
         masks = {on_left: left, on_right: 1.0 - left}
@@ -30,7 +30,7 @@ def questions(number, seed, size):
 
 def verdict(detections, things, size):
     """`(present, placed)` of one picture; things are the left and the right one."""
-    left, right = (drawing.best(detections, word) for word in things)
+    left, right = (ask.best(detections, word) for word in things)
     present = left is not None and right is not None
     return present, bool(present and left.x < size / 2 < right.x)
 
@@ -48,11 +48,11 @@ def study(pipe, number, seed, weights=WEIGHTS):
             {w: (m, factor) for w, m in zip(a["masks"], turned(a["masks"], swapped), strict=True)}
             for a in asked
         ]
-        images = drawing.draw(pipe, prompts, seed, word_masks=masks)
-        found = drawing.seen(images)
+        images = ask.draw(pipe, prompts, seed, word_masks=masks)
+        found = ask.seen(images)
         pairs = [verdict(f, a["things"], size) for f, a in zip(found, asked, strict=True)]
         line = {"weight": f"{RECOMMENDED_WEIGHT}, masks swapped" if swapped else weight}
-        rows.append(line | drawing.shares(present=[p for p, _ in pairs],
+        rows.append(line | ask.shares(present=[p for p, _ in pairs],
                                           placed=[p for _, p in pairs]))  # fmt: skip
         shown[str(weight)] = images[:8]
     return {"rows": rows}, {"prompts": prompts[:8], "images": shown}

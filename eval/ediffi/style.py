@@ -10,7 +10,7 @@ import numpy as np
 
 from cnxs_jax.data import emoji_scenes
 from cnxs_jax.data.scenes import with_article
-from eval.ediffi import drawing
+from eval import ask
 
 SCALES = (None, 1.0, 2.0, 4.0, 8.0)  # of the style alone; None: one scale for text and style
 
@@ -20,7 +20,7 @@ def questions(number, seed):
     world, asked = emoji_scenes.world(), []
     for n in range(number):
         rng = np.random.default_rng([seed, n])
-        thing, other = drawing.several(rng, 2)
+        thing, other = ask.several(rng, 2)
         style = world.styles[n % len(world.styles)]
         spec = {"concepts": [other], "style": style, "named": ()}
         scene = emoji_scenes.make_scene(rng, spec, split="test", truth=False)
@@ -31,18 +31,18 @@ def questions(number, seed):
 
 def judge(images, asked):
     """Figures of pictures that were drawn for `asked`."""
-    found = drawing.seen(images)
-    things = [drawing.best(f, a["thing"]) for f, a in zip(found, asked, strict=True)]
+    found = ask.seen(images)
+    things = [ask.best(f, a["thing"]) for f, a in zip(found, asked, strict=True)]
     style = [t and t.style == a["style"] for t, a in zip(things, asked, strict=True)]
     moved = asked[1:] + asked[:1]
 
     def shows(others):
         return [
-            drawing.best(f, o["other"]) is not None if o["other"] != a["thing"] else None
+            ask.best(f, o["other"]) is not None if o["other"] != a["thing"] else None
             for f, o, a in zip(found, others, asked, strict=True)
         ]
 
-    return drawing.shares(
+    return ask.shares(
         style=style,
         objects=[t is not None for t in things],
         leaked=shows(asked),
@@ -54,10 +54,10 @@ def study(pipe, number, seed, scales=SCALES):
     """Rows: no reference, then the style's guidance scales; and the first pictures of each."""
     asked = questions(number, seed)
     prompts, references = [a["prompt"] for a in asked], [a["reference"] for a in asked]
-    images = drawing.draw(pipe, prompts, seed)
+    images = ask.draw(pipe, prompts, seed)
     rows, shown = [{"style scale": "no reference"} | judge(images, asked)], {"none": images[:8]}
     for scale in scales:
-        images = drawing.draw(pipe, prompts, seed, style_image=references, style_scale=scale)
+        images = ask.draw(pipe, prompts, seed, style_image=references, style_scale=scale)
         rows.append({"style scale": "as the text's" if scale is None else scale}
                     | judge(images, asked))  # fmt: skip
         shown[str(scale)] = images[:8]

@@ -10,7 +10,8 @@ import pytest
 from cnxs_jax.data import emoji_scenes
 from cnxs_jax.errors import ConfigError
 from cnxs_jax.models.conditioning import MASKS, dropped
-from eval.ediffi import attention, drawing, experts, painting, style
+from eval import ask
+from eval.ediffi import attention, encoders, experts, painting, style
 from tests.pipelines.test_ediffi import drawn, pipe  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings("ignore:caption has")
@@ -22,7 +23,7 @@ def scene(seed, **spec):
 
 def test_a_thing_counts_where_its_half_was_painted():
     asked = [{"things": ("tiger", "carrot")}] * 6
-    found = drawing.seen(np.stack([
+    found = ask.seen(np.stack([
         scene(n, concepts=["tiger", "carrot"], relation="left of")["image"] for n in range(6)
     ]))  # fmt: skip
     verdicts = [painting.verdict(f, a["things"], 64) for f, a in zip(found, asked, strict=True)]
@@ -58,25 +59,25 @@ def test_style_is_judged_on_the_prompted_thing_alone():
 
 
 def test_masked_conditions_leave_the_prompt_without_effect(pipe):  # noqa: F811
-    bare = drawing.without(pipe, *MASKS)
+    bare = encoders.without(pipe, *MASKS)
     same = drawn(bare, "a red fox", guidance_scale=1.0), drawn(bare, "blue", guidance_scale=1.0)
     np.testing.assert_array_equal(*same)
     told = drawn(pipe, "a red fox", guidance_scale=1.0)
     assert np.abs(told - same[0]).max() > 1e-3
-    without_clip = drawn(drawing.without(pipe, "clip_text_mask"), guidance_scale=1.0)
+    without_clip = drawn(encoders.without(pipe, "clip_text_mask"), guidance_scale=1.0)
     assert np.abs(told - without_clip).max() > 1e-4
     with pytest.raises(ValueError, match="unknown masks"):
-        drawing.without(pipe, "text")
+        encoders.without(pipe, "text")
 
 
 def test_a_picture_of_a_study_does_not_depend_on_its_batch(pipe, monkeypatch):  # noqa: F811
     prompts = ["a red fox", "blue", "a red fox"]
-    monkeypatch.setattr(drawing, "BATCH", 2)
-    images = drawing.draw(pipe, prompts, seed=3)
+    monkeypatch.setattr(ask, "BATCH", 2)
+    images = ask.draw(pipe, prompts, seed=3)
     assert images.shape == (3, 16, 16, 3)
     assert np.abs(images[0].astype(int) - images[2]).max() > 0  # another noise
-    monkeypatch.setattr(drawing, "BATCH", 3)
-    again = drawing.draw(pipe, prompts, seed=3).astype(int)
+    monkeypatch.setattr(ask, "BATCH", 3)
+    again = ask.draw(pipe, prompts, seed=3).astype(int)
     assert np.abs(images.astype(int) - again).max() <= 1
 
 

@@ -1,18 +1,13 @@
-"""What the studies share: pictures of a cascade, each with its noise, and what is seen in them."""
+"""Questions to a pipeline: pictures of prompts with a fixed noise each, and what they show."""
 
-import dataclasses
-
-import jax.numpy as jnp
 import numpy as np
 
 from cnxs_jax.data import emoji_scenes
-from cnxs_jax.models.conditioning import MASKS
-from cnxs_jax.pipelines.ediffi import EDiffIPipeline
 from cnxs_jax.pipelines.images import to_uint8
-from eval.metrics import scene_accuracy
+from eval.metrics import bootstrap, scene_accuracy
 
 BATCH = 64
-ONE_A_PROMPT = ("word_masks", "style_image")
+ONE_A_PROMPT = ("word_masks", "style_image", "image")
 
 
 def draw(pipe, prompts, seed=0, **options):
@@ -32,31 +27,6 @@ def draw(pipe, prompts, seed=0, **options):
     return np.concatenate(made)
 
 
-@dataclasses.dataclass(frozen=True)
-class Without(EDiffIPipeline):
-    """The cascade with some of its conditions masked, as training drops them.
-
-    Attributes:
-        masked: of `MASKS`.
-    """
-
-    masked: tuple = ()
-
-    def condition(self, request, style_image):
-        cond, null = super().condition(request, style_image)
-        gone = {name: jnp.zeros_like(cond[name]) for name in self.masked if name in cond}
-        return {**cond, **gone}, null
-
-
-def without(pipe, *masked):
-    """`pipe` with the conditions of these masks switched off."""
-    unknown = set(masked) - set(MASKS)
-    if unknown:
-        raise ValueError(f"unknown masks {unknown}")
-    own = {f.name: getattr(pipe, f.name) for f in dataclasses.fields(EDiffIPipeline)}
-    return Without(**own, masked=tuple(masked))
-
-
 def seen(images):
     """One list of `Detection`s a picture."""
     return scene_accuracy.load_checker()(images)[0]
@@ -69,8 +39,6 @@ def best(detections, concept):
 
 def shares(**columns):
     """{name: figure} of columns of verdicts: booleans, or None where there is nothing to judge."""
-    from eval.metrics import bootstrap
-
     found = {}
     for name, values in columns.items():
         judged = np.array([v for v in values if v is not None], bool)

@@ -1,0 +1,101 @@
+"""`python -m eval.controlnet_xs`: what ControlNet-XS claims, measured on the embedded world.
+
+  python -m eval.controlnet_xs --runs=runs/xs_arms --seeds=0,1,2 --out=runs/xs_studies
+      types         A, B and C and the original ControlNet: control, quality, what a step costs
+      connections   what is lost when the connections of one resolution are cut (type B)
+      bias          sizes of type B: hints of one thing, prompts of another
+Trains what is missing: about a quarter of an hour an arm and seed on one core. Writes
+OUT/<study>.json and .png, and OUT/report.md of all that are there; a study that was made with the
+same settings is not made again.
+"""
+
+from pathlib import Path
+
+from absl import flags, logging
+
+import cnxs_jax
+from cnxs_jax import errors
+from cnxs_jax.data import emoji_scenes
+from cnxs_jax.pipelines.control import read_controller
+from cnxs_jax.storage import fill
+from cnxs_jax.tree import size
+from eval import plan, study
+from eval.controlnet_xs import arms, bias, connections
+from eval.draw import identity
+
+TITLES = {
+    "types": "Types of control, and the original ControlNet",
+    "connections": "Which connections matter",
+    "bias": "Do larger controllers bias the base?",
+}
+TYPES = ("A", "B", "C", "ControlNet")
+BY_SIZE = ("B half", "B", "B double", "B quadruple", "ControlNet")
+STUDY = flags.DEFINE_list("study", list(TITLES), f"Which: {', '.join(TITLES)}.")
+BASE = flags.DEFINE_string("base", None, "Pipeline directory of the base; default: the shipped.")
+RUNS = flags.DEFINE_string("runs", "runs/xs_arms", "Directory of the arms' runs.")
+OUT = flags.DEFINE_string("out", "runs/xs_studies", "Directory of the figures.")
+SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Training seeds.")
+TRAIN = flags.DEFINE_integer("steps", None, "Training steps, if not the recipe's.", lower_bound=1)
+NUMBER = flags.DEFINE_integer("number", 256, "Pictures a row.", lower_bound=8)
+REAL = flags.DEFINE_integer("num_real", 1000, "Real scenes that KID compares with.")
+REDO = flags.DEFINE_bool("redo", False, "Make a study again.")
+
+
+def place():
+    """Directory of the base."""
+    return BASE.value or fill("{assets}/sd_tiny", ".")
+
+
+def trained(arm):
+    """The `Controller` of an arm's first seed, trained if it is missing."""
+    seed = int(SEEDS.value[0])
+    arms.train(RUNS.value, [arm], [seed], place(), TRAIN.value)
+    path = arms.directory(RUNS.value, arm, seed) / "export" / "controlnet"
+    return read_controller(path, compat="official")
+
+
+def types():
+    """The comparison of the types."""
+    return arms.study(
+        RUNS.value, list(TYPES), [int(s) for s in SEEDS.value], place(), NUMBER.value, REAL.value,
+        steps=TRAIN.value,
+    )  # fmt: skip
+
+
+def which_connections():
+    """Type B with some connections cut."""
+    pipe = cnxs_jax.load_pipeline(place()).replace(control=trained("B"))
+    prompts = plan.prompts(emoji_scenes.world(), "test", NUMBER.value, hint="lines")
+    return connections.study(pipe, prompts)
+
+
+def biased():
+    """Sizes of type B beside the original."""
+    found = {arm: trained(arm) for arm in BY_SIZE}
+    pairs = {arm: (one, size(one.params)) for arm, one in found.items()}
+    return bias.study(cnxs_jax.load_pipeline(place()), pairs, NUMBER.value)
+
+
+FUNCTIONS = {"types": types, "connections": which_connections, "bias": biased}
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise errors.ConfigError(f"unknown argument {argv[1]!r}", "command line", "see --help")
+    logging.set_verbosity(logging.ERROR)
+    for word in STUDY.value:
+        if word not in TITLES:
+            what = f"unknown {word!r}.{errors.did_you_mean(word, TITLES)}"
+            raise errors.ConfigError(what, "--study", f"some of {', '.join(TITLES)}")
+    if not SEEDS.value or not all(seed.isdigit() for seed in SEEDS.value):
+        raise errors.ConfigError(f"not whole numbers: {SEEDS.value}", "--seeds", "0,1,2")
+    out, settings = Path(OUT.value), {"base": identity(place()), "number": NUMBER.value}
+    settings |= {"seeds": SEEDS.value, "steps": TRAIN.value, "num_real": REAL.value}
+    for name in STUDY.value:
+        study.make(out, name, settings, FUNCTIONS[name], REDO.value)
+    print(study.write(out, "ControlNet-XS on the embedded world", TITLES))
+    return 0
+
+
+if __name__ == "__main__":
+    errors.run_app(main)

@@ -1,0 +1,87 @@
+"""What the studies of a paper share: a page of tables and pictures, and when one is made again.
+
+A study is a function that returns figures (tables under `TABLES`) and, perhaps, rows of pictures.
+"""
+
+import json
+
+from cnxs_jax.storage import replacing, write_json, write_text
+from eval import report
+
+TABLES = ("levels", "rows", "drawn", "costs")
+
+
+def make(out, name, settings, function, again=False):
+    """Makes OUT/<name>.json and .png with `function() -> (figures, shown)`, unless they are there.
+
+    Args:
+        settings: what decides the figures, JSON-able; other ones make the study anew.
+        function: `figures` has lists of rows; `shown` is None, a matplotlib figure, or
+            {"prompts", "images": {row: pictures}}.
+        again: make it in any case.
+    """
+    path, wanted = out / f"{name}.json", json.loads(json.dumps(settings))
+    if path.is_file() and not again and json.loads(path.read_text())["settings"] == wanted:
+        print(f"{name}: made before, see {path}", flush=True)
+        return
+    found, shown = function()
+    write_json(path, report.plain({"settings": wanted} | found), sort_keys=False)
+    if isinstance(shown, dict):
+        shown = grid(shown["images"], shown["prompts"])
+    if shown is not None:
+        save(out / f"{name}.png", shown)
+    print(f"{name}: {path}", flush=True)
+
+
+def write(out, title, titles):
+    """OUT/report.md of every study of `titles` ({name: heading}) that is there; its path."""
+    parts = [f"# {title}"]
+    for name, heading in titles.items():
+        path = out / f"{name}.json"
+        if not path.is_file():
+            continue
+        found = json.loads(path.read_text())
+        parts.append(f"## {heading}")
+        if (out / f"{name}.png").is_file():
+            parts.append(f"![{heading}]({name}.png)")
+        parts += [report.table(found[key]) for key in TABLES if found.get(key)]
+        parts += found.get("notes", [])
+    write_text(out / "report.md", "\n\n".join(parts) + "\n")
+    return out / "report.md"
+
+
+def grid(images, prompts):
+    """Rows of pictures with their names at the left and the prompts above."""
+    plt = plots()
+    count = len(prompts)
+    figure, axes = plt.subplots(
+        len(images), count, figsize=(1.3 * count + 1.6, 1.25 * len(images) + 0.5), squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for line, (label, row) in zip(axes, images.items(), strict=True):
+        for panel, image in zip(line, row, strict=True):
+            panel.imshow(image, interpolation="nearest")
+            panel.set_xticks([])
+            panel.set_yticks([])
+        line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
+    for panel, prompt in zip(axes[0], prompts, strict=True):
+        panel.set_title(prompt.replace(" and ", "\nand "), fontsize=7)
+    return figure
+
+
+def plots():
+    """matplotlib's pyplot, without a screen."""
+    import matplotlib
+
+    matplotlib.use("Agg", force=False)
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def save(path, figure):
+    """The figure as a PNG, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as part:
+        figure.savefig(part, format="png", dpi=110)
+    plots().close(figure)
