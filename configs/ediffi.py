@@ -26,7 +26,8 @@ picture are left out; it gets Gaussian noise of a level that the network reads.
 What differs in :tiny, and why:
   - the right edge of the tree is E[4,15] (sigma above 1.9, 1/16 of the noise levels), not E[9,511]
     (above 9.6, 1/512): a run of minutes would hardly see the latter.
-  - the branches get a quarter, a half and a quarter of each step's 64 samples.
+  - the branches get a quarter, a half and a quarter of each step's 32 pictures, which are encoded
+    once and noised twice.
   - T5 is the embedded PixArt's, CLIP that of `configs/scene_clip.py`, both frozen: put the latter's
     export at `cnxs_jax/assets/scene_clip`, or give the path (`clip_path`) to every stage.
 
@@ -50,7 +51,7 @@ VARIANTS = ("tiny", "cascade", "shared", "updates", "mixed", "parallel", "smoke"
 TINY_TREE = ((3, 0), (4, 15))
 PAPER_TREE = ((3, 0), (9, 511))
 EXPERTS = ("low", "middle", "high")
-SHARES = (16, 32, 16)  # of a step's 64 samples, :tiny
+SHARES = (8, 16, 8)  # of a step's 32 pictures, :tiny
 
 
 def get_config(variant="tiny"):
@@ -122,9 +123,9 @@ def joined(num_heldout=512):
 def tiny():
     config = ConfigDict()
     config.stages = ("shared", *EXPERTS)
-    config.shared = tiny_base(steps=1500, batch_size=64)
+    config.shared = tiny_base(steps=1000, batch_size=32)
     for i, (name, share) in enumerate(zip(EXPERTS, SHARES, strict=True)):
-        config[name] = branch(tiny_base(steps=1800, batch_size=share), TINY_TREE, i)
+        config[name] = branch(tiny_base(steps=1000, batch_size=share), TINY_TREE, i)
     config.finish = joined()
     return config
 
@@ -138,7 +139,7 @@ def tiny_stage(steps, batch_size):
     config.steps = steps
     config.batch_size = batch_size
     config.save_every = 300
-    config.sample_every = 750
+    config.sample_every = 500
     config.ema_decay = 0.995
     config.data.size = 64
     config.data.max_length = 24
@@ -153,6 +154,7 @@ def tiny_stage(steps, batch_size):
     config.unet.clip_text_dim = 128
     config.unet.clip_image_dim = 128
     config.unet.pooled_dim = 128
+    config.objective.noises = 2
     config.objective.dropout = ConfigDict({"text": 0.1, "clip_text": 0.2, "clip_image": 0.8})
     config.sampler.guidance_scale = 3.0
     return config
@@ -181,7 +183,7 @@ def branch(config, tree, expert):
 
 def super_resolution(low_res_size, size):
     """An Efficient-UNet on crops: no self-attention, cross-attention at the coarsest level."""
-    config = tiny_stage(steps=1500, batch_size=32)
+    config = tiny_stage(steps=1000, batch_size=32)
     config.size = size
     config.low_res_size = low_res_size
     config.crop = size // 2
@@ -202,7 +204,7 @@ def super_resolution(low_res_size, size):
 
 def longer(config, variant):
     """One model instead of experts, on as many samples."""
-    steps, batch = (7200, 16) if variant == "updates" else (1800, sum(SHARES))
+    steps, batch = (4000, 8) if variant == "updates" else (1000, sum(SHARES))
     config.stages = ("shared", "longer")
     config.longer = branch(tiny_base(steps, batch), None, None)
     if variant == "mixed":
@@ -214,7 +216,7 @@ def longer(config, variant):
 def parallel(config):
     """One stage for all experts, each with a third of the batch."""
     config.stages = ("shared", "experts")
-    config.experts = branch(tiny_base(steps=1800, batch_size=66), TINY_TREE, None)
+    config.experts = branch(tiny_base(steps=1000, batch_size=33), TINY_TREE, None)
     for name in EXPERTS:
         del config[name]
 

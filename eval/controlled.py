@@ -59,8 +59,9 @@ def main(config, workdir, *, out=None, sweep=(), steps=None, guidance_scale=None
     }
     keys = tuple(key for key, _ in sweep)
     told = "as in the table" if "guidance_scale" in keys else f"{guidance_scale:g}"
+    doubled = not plain.guidance_is_input
     planned = plan.Plan(
-        "Evaluation of a controller", rows(sweep, steps, guidance_scale), sets,
+        "Evaluation of a controller", rows(sweep, steps, guidance_scale, doubled), sets,
         run.references(options, world, size), ceilings=ceilings,
         axis=(*keys, "evaluations")[0], swept=keys,
         notes=notes(options, told, hint),
@@ -74,9 +75,9 @@ def main(config, workdir, *, out=None, sweep=(), steps=None, guidance_scale=None
     return run.finish(planned, gallery, options, out, matmul=matmul, summary=summary)
 
 
-def rows(sweep, steps, guidance_scale):
+def rows(sweep, steps, guidance_scale, doubled=True):
     """The base alone, then the controller, over the same values."""
-    swept = plan.sweep_rows(sweep, steps, guidance_scale)
+    swept = plan.sweep_rows(sweep, steps, guidance_scale, doubled)
     return tuple(
         dataclasses.replace(row, model=model, method=row.method.replace("pipeline", name))
         for name, model in (("base without control", "base"), ("controller", "controller"))

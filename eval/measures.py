@@ -11,7 +11,7 @@ import functools
 import numpy as np
 
 from cnxs_jax.control import hints
-from cnxs_jax.errors import ConfigError, did_you_mean
+from cnxs_jax.errors import ConfigError, DataError, did_you_mean
 from eval import networks
 from eval.metrics import (
     agreement,
@@ -254,9 +254,26 @@ def control_depth(sample, pair, real, tools):
     return found
 
 
+def control_hed(sample, pair, real, tools):
+    """HED's soft edges of what was drawn, against those of the scenes that were asked for."""
+    distance = tools.hed_distance(sample.images, sample.prompts.images)
+    return {"control_hed_distance": bootstrap.mean(distance)}
+
+
 def _maps(sample):
-    """Grey values `[N, H, W]` of pictures of maps."""
-    return sample.images.astype(np.float64).mean(-1)
+    """Grey values `[N, H, W]` of pictures of maps.
+
+    Raises DataError for coloured pictures: what they would be compared by is no map.
+    """
+    images = sample.images
+    if np.any(images != images[..., :1]):
+        number = int(np.argmax((images != images[..., :1]).any((1, 2, 3))))
+        raise DataError(
+            f"picture {number} is coloured, a map is grey",
+            "--metrics=edges,soft_edges,depth,masks",
+            "give folders of maps; edges of photographs are compared by --metrics=hed",
+        )
+    return images[..., 0].astype(np.float64)
 
 
 MISSING = f"not run ({features.INSTALL})"
@@ -275,6 +292,7 @@ METRICS = {
     "lpips": Metric(paired("lpips", lambda tools: tools.lpips), ("pairs",), ("vgg", "lpips")),
     "ssim": Metric(paired("ssim", lambda tools: quality.ssim), ("pairs",)),
     "psnr": Metric(paired("psnr", lambda tools: quality.psnr), ("pairs",)),
+    "hed": Metric(paired("hed_distance", lambda tools: tools.hed_distance), ("pairs",), ("hed",)),
     "edges": Metric(edge_maps, ("maps",)),
     "soft_edges": Metric(soft_edge_maps, ("maps",)),
     "depth": Metric(depth_maps, ("maps",)),
@@ -282,6 +300,7 @@ METRICS = {
     "control_edges": Metric(control_edges, ("truth",)),
     "control_masks": Metric(control_masks, ("truth",)),
     "control_depth": Metric(control_depth, ("truth",)),
+    "control_hed": Metric(control_hed, ("truth",), ("hed",)),
 }
 CONTROL = ("control_edges", "control_masks", "control_depth")
 USUAL = ("scene_accuracy", "kid", "agreement")

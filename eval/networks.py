@@ -7,16 +7,27 @@ import dataclasses
 import functools
 from pathlib import Path
 
+from cnxs_jax.control import hed
+from cnxs_jax.convert import hed as hed_weights
 from cnxs_jax.errors import CheckpointError, ConfigError, did_you_mean
-from eval.metrics import clip_features, features, inception, lpips, scene_accuracy, scene_maps
+from eval.metrics import (
+    clip_features,
+    edges,
+    features,
+    inception,
+    lpips,
+    scene_accuracy,
+    scene_maps,
+)
 
-# {name: (the file, needed without `--weights`)}
+# {name: its file, and where it comes from}
 FILES = {
     "efflite0": f"EfficientNet-Lite0: {features.FILE.split('/')[-1]}; {features.INSTALL}",
     "inception": f"FID's Inception: {inception.PUBLISHED}",
     "clip": f"CLIP: {clip_features.LAYOUT}",
     "vgg": "torchvision's VGG16: vgg16-397923af.pth",
     "lpips": "LPIPS's linear heads: lpips/weights/v0.1/vgg.pth of the `lpips` package",
+    "hed": f"HED: {hed_weights.INSTALL}",
 }
 FEATURES = ("efflite0", "inception", "clip")  # those that `--features` may name
 
@@ -52,6 +63,8 @@ def check_weights(name, weights, metric):
     """Raises where a metric's network has no file: before anything is drawn."""
     if name == "efflite0" and name not in weights and features.weights_path() is not None:
         return
+    if name == "hed" and name not in weights and hed_weights.packaged() is not None:
+        return
     if name not in weights:
         raise ConfigError(
             f"the metric {metric!r} needs {FILES[name]}", "--weights", f"--weights {name}=PATH"
@@ -83,6 +96,11 @@ class Tools:
     def depth_reader(self):
         """`read(images, asked depth)` of `scene_maps`."""
         return scene_maps.load_depth_reader()
+
+    def hed_distance(self, images, others):
+        """Mean absolute difference `[N]` of the soft edges of uint8 pictures `[N, H, W, 3]`."""
+        path = self.weights.get("hed")
+        return edges.soft_edge_distance(hed.edges(images, path), hed.edges(others, path))
 
     def extractor(self, network):
         """(name in figures, images -> features `[N, d]`), or None without the packaged weights."""

@@ -146,12 +146,13 @@ EXAMPLES = {"guidance_scale": "guidance_scale=1:8", "steps": "steps=1,2,4,8",
 MOST_VALUES = 1000
 
 
-def sweep_rows(sweeps, steps, guidance_scale):
+def sweep_rows(sweeps, steps, guidance_scale, doubled=True):
     """One row a combination of swept values; the first sweep is the x axis, the others are lines.
 
     Args:
         sweeps: [(key, values)] of `parse_sweep`; none: one row.
         steps, guidance_scale: where they are not swept.
+        doubled: whether guidance takes a second evaluation; not where it is an input.
 
     Raises:
         ConfigError: a key that is swept twice.
@@ -166,7 +167,7 @@ def sweep_rows(sweeps, steps, guidance_scale):
         )
         lines = [f"{k} {given[k]:g}" if k != "scheduler" else given[k] for k in keys[1:]]
         method = ", ".join(["pipeline", *lines])
-        out.append(Row(method, "pipeline", guided=given["guidance_scale"] > 1, **given))
+        out.append(Row(method, "pipeline", guided=doubled and given["guidance_scale"] > 1, **given))
     return out
 
 

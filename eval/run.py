@@ -245,7 +245,8 @@ def pipeline(directory, out, options, sweep=(), steps=None, guidance_scale=None,
     usual = pipe.defaults()
     steps = usual[0] if steps is None else steps
     guidance_scale = usual[1] if guidance_scale is None else guidance_scale
-    rows = tuple(plan.sweep_rows(sweep, steps, guidance_scale))
+    doubled = not pipe.guidance_is_input
+    rows = tuple(plan.sweep_rows(sweep, steps, guidance_scale, doubled))
     keys = tuple(key for key, _ in sweep)
     metrics = options.metrics or measures.USUAL
     number = len(sets["test"].captions)

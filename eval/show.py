@@ -18,6 +18,7 @@ GROUPS = (
         "control_depth_mse",
         "control_depth_mae",
         "control_depth_order",
+        "control_hed_distance",
     ),
 )
 # Columns that are plotted, by the beginning of their name, and what the panel is called.

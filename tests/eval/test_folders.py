@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cnxs_jax.control import hed
 from cnxs_jax.errors import ConfigError, DataError
 from eval import folders, run
 from eval.metrics import fid
+from tests.control import detector
 
 
 def write(folder, images, names=None):
@@ -57,6 +59,25 @@ def test_maps_are_compared_as_grey_values(tmp_path):
     assert line["mask_iou"]["value"] == 0
     assert line["soft_edge_distance"]["value"] == pytest.approx(2 / 16)
     assert line["depth_mse"]["value"] == pytest.approx(2 / 16)
+
+
+def test_photographs_of_equal_names_are_no_maps(tmp_path, noise):
+    a, b = write(tmp_path / "a", noise), write(tmp_path / "b", noise)
+    with pytest.raises(DataError, match="picture 0 is coloured, a map is grey"):
+        evaluated(a, b, tmp_path / "out", metrics=("edges",))
+
+
+def test_soft_edges_of_photographs_are_compared_by_hed(tmp_path, noise):
+    """Equal pictures have distance 0; the distance is that of the two detections."""
+    weights, moved = detector.write(tmp_path / "hed"), np.roll(noise, 3, axis=1)
+    a, b = write(tmp_path / "a", noise), write(tmp_path / "b", moved)
+    given = {"metrics": ("hed",), "weights": {"hed": str(weights)}}
+    (line,) = evaluated(a, a, tmp_path / "same", **given)["rows"]
+    assert line["hed_distance"]["value"] == 0
+    (line,) = evaluated(a, b, tmp_path / "out", **given)["rows"]
+    drawn, asked = (hed.edges(x, str(weights)) for x in (noise, moved))
+    assert line["hed_distance"]["value"] == pytest.approx(np.abs(drawn - asked).mean(), rel=1e-5)
+    assert line["hed_distance"]["value"] > 0.001
 
 
 def test_stored_statistics_serve_frechet_distances_only(tmp_path, noise, monkeypatch):

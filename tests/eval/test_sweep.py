@@ -62,6 +62,14 @@ def test_rows_of_two_sweeps_lie_apart():
     assert {r.method for r in rows} == {"pipeline, ddim", "pipeline, lcm"}
 
 
+def test_guidance_that_is_an_input_costs_no_second_evaluation():
+    sweep = [plan.parse_sweep("guidance_scale=1,4")]
+    assert [row.evaluations for row in plan.sweep_rows(sweep, 4, 0.0)] == [4, 8]
+    rows = plan.sweep_rows(sweep, 4, 0.0, doubled=False)
+    assert [row.evaluations for row in rows] == [4, 4]
+    assert [row.guidance_scale for row in rows] == [1.0, 4.0]
+
+
 def test_weights_are_asked_for_by_name(tmp_path):
     assert networks.parse_weights(["clip=a=b", "vgg=c"]) == {"clip": "a=b", "vgg": "c"}
     with pytest.raises(ConfigError, match='Did you mean "inception"'):
