@@ -7,6 +7,7 @@ tree over the noise distribution; super-resolution stages follow.
 
   :tiny     the base at 16 px on emoji scenes: shared model, three experts (the default)
   :cascade  the same with super-resolution to 32 and 64 px
+  :shipped  the cascade of `cnxs_jax/assets/ediffi_tiny`: one base model, trained for longer
   :shared   :tiny without experts: one model on as many samples, to compare with
   :updates  :shared in smaller batches, for more updates than all experts make together
   :mixed    :shared on the noise levels that the experts' unequal shares amount to
@@ -28,8 +29,8 @@ What differs in :tiny, and why:
     (above 9.6, 1/512): a run of minutes would hardly see the latter.
   - the branches get a quarter, a half and a quarter of each step's 32 pictures, which are encoded
     once and noised twice.
-  - T5 is the embedded PixArt's, CLIP that of `configs/scene_clip.py`, both frozen: put the latter's
-    export at `cnxs_jax/assets/scene_clip`, or give the path (`clip_path`) to every stage.
+  - T5 is the embedded PixArt's, CLIP that of `configs/scene_clip.py`, both shipped and frozen; other
+    ones are given to every stage (`text_path`, `clip_path`).
 
 Run:
   python -m train --config=configs/ediffi.py --workdir=runs/ediffi            # :tiny
@@ -47,7 +48,7 @@ from ml_collections import ConfigDict, config_dict
 
 from configs import common
 
-VARIANTS = ("tiny", "cascade", "shared", "updates", "mixed", "parallel", "smoke", "paper")
+VARIANTS = ("tiny", "cascade", "shipped", "shared", "updates", "mixed", "parallel", "smoke", "paper")
 TINY_TREE = ((3, 0), (4, 15))
 PAPER_TREE = ((3, 0), (9, 511))
 EXPERTS = ("low", "middle", "high")
@@ -60,14 +61,14 @@ def get_config(variant="tiny"):
     if variant == "paper":
         return paper()
     config = tiny()
-    if variant in ("cascade", "smoke"):
+    if variant in ("shared", "shipped", "updates", "mixed"):
+        longer(config, variant)
+    if variant in ("cascade", "shipped", "smoke"):
         config.sr32 = super_resolution(16, 32)
         config.stages = (*config.stages, "sr32")
-    if variant == "cascade":
+    if variant in ("cascade", "shipped"):
         config.sr64 = super_resolution(32, 64)
         config.stages = (*config.stages, "sr64")
-    if variant in ("shared", "updates", "mixed"):
-        longer(config, variant)
     if variant == "parallel":
         parallel(config)
     return smoke(config) if variant == "smoke" else config
@@ -203,8 +204,9 @@ def super_resolution(low_res_size, size):
 
 
 def longer(config, variant):
-    """One model instead of experts, on as many samples."""
-    steps, batch = (4000, 8) if variant == "updates" else (1000, sum(SHARES))
+    """One model instead of experts, on as many samples; the shipped one on three times as many."""
+    steps = {"updates": 4000, "shipped": 3000}.get(variant, 1000)
+    batch = 8 if variant == "updates" else sum(SHARES)
     config.stages = ("shared", "longer")
     config.longer = branch(tiny_base(steps, batch), None, None)
     if variant == "mixed":

@@ -10,8 +10,8 @@ out of each other's mismatches.
 
 Run:
   python -m train --config=configs/scene_clip.py --workdir=runs/scene_clip
-The result, `runs/scene_clip/export`, is what `clip_path` of `configs/ediffi.py` names; that recipe
-looks for it in `cnxs_jax/assets/scene_clip`.
+The result, `runs/scene_clip/export`, is what `clip_path` of `configs/ediffi.py` names. Shipped as
+`cnxs_jax/assets/scene_clip`.
 """
 
 from ml_collections import ConfigDict
