@@ -29,8 +29,8 @@ What differs in :tiny, and why:
     (above 9.6, 1/512): a run of minutes would hardly see the latter.
   - the branches get a quarter, a half and a quarter of each step's 32 pictures, which are encoded
     once and noised twice.
-  - T5 is the embedded PixArt's, CLIP that of `configs/scene_clip.py`, both shipped and frozen; other
-    ones are given to every stage (`text_path`, `clip_path`).
+  - T5 is the embedded PixArt's, CLIP that of `configs/scene_clip.py`, both shipped and frozen;
+    other ones are given to every stage (`text_path`, `clip_path`).
 
 Run:
   python -m train --config=configs/ediffi.py --workdir=runs/ediffi            # :tiny
@@ -48,7 +48,17 @@ from ml_collections import ConfigDict, config_dict
 
 from configs import common
 
-VARIANTS = ("tiny", "cascade", "shipped", "shared", "updates", "mixed", "parallel", "smoke", "paper")
+VARIANTS = (
+    "tiny",
+    "cascade",
+    "shipped",
+    "shared",
+    "updates",
+    "mixed",
+    "parallel",
+    "smoke",
+    "paper",
+)
 TINY_TREE = ((3, 0), (4, 15))
 PAPER_TREE = ((3, 0), (9, 511))
 EXPERTS = ("low", "middle", "high")

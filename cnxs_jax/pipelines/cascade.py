@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -151,13 +152,30 @@ def read_stage(directory, name, dtype=None):
     return Stage(name, size, experts, intervals, levels, sampler, sigma_data)
 
 
-def read_encoders(directory, dtype=None):
-    """`(encoders, params, tokenizers)` of the encoders that a directory has."""
+def read_encoders(directory, dtype=None, beside=None):
+    """`(encoders, params, tokenizers)` of the encoders that a directory has.
+
+    Args:
+        beside: {encoder: name of the neighbouring directory that has it}, of the index.
+
+    Raises CheckpointError for one that is no neighbour, or has no such encoder.
+    """
     modules, params, tokenizers = {}, {}, {}
     for name, (folder, tokens) in FILES.items():
-        if not (directory / folder).is_dir():
+        place = neighbour(directory, name, beside[name]) if name in (beside or {}) else directory
+        if not (place / folder).is_dir():
+            if place is not directory:
+                raise CheckpointError(f"no {folder}, which {directory} names", str(place))
             continue
-        modules[name], params[name] = load_model(directory / folder, dtype=dtype)
+        modules[name], params[name] = load_model(place / folder, dtype=dtype)
         if tokens:
-            tokenizers[name] = texts_to_tokens.load_tokenizer(directory / tokens)
+            tokenizers[name] = texts_to_tokens.load_tokenizer(place / tokens)
     return Encoders(**modules), params, tokenizers
+
+
+def neighbour(directory, encoder, name):
+    """The directory `name` beside `directory`; an index of a stranger can name no other place."""
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w-]*", name):
+        what = f"{name!r} is no name of a neighbouring directory"
+        raise CheckpointError(what, f"{directory}: encoders_beside.{encoder}")
+    return directory.absolute().parent / name

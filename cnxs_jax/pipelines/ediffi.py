@@ -7,6 +7,8 @@ No layout of it was ever published. `save_pipeline` writes, and `load_pipeline` 
     <stage>/expert_<i>/                 config.json and safetensors, lowest noise first
     text_encoder/ tokenizer/            T5, as transformers has it
     clip_text_encoder/ clip_image_encoder/ clip_tokenizer/      CLIP; any encoder may be missing
+
+With `"encoders_beside": {"text": NAME, ...}` the index names neighbouring directories for them.
 """
 
 import dataclasses
@@ -223,7 +225,7 @@ class EDiffIPipeline(TextToImage):
         if not plain or not names or not isinstance(limits, dict):
             raise CheckpointError("no stages or max_tokens", str(directory / "model_index.json"))
         stages = tuple(cascade.read_stage(directory / name, name, dtype) for name in names)
-        encoders = cascade.read_encoders(directory, dtype)
+        encoders = cascade.read_encoders(directory, dtype, index.get("encoders_beside"))
         for stage in stages:
             for expert in stage.experts:
                 encoders[0].check(expert.module, stage.name)

@@ -109,6 +109,27 @@ def test_it_is_stored_and_opened_by_the_usual_names(pipe, tmp_path):
         cnxs_jax.load_pipeline(tmp_path / "cascade", scheduler="lcm")
 
 
+def test_encoders_may_lie_in_neighbouring_directories(pipe, tmp_path):
+    cnxs_jax.save_pipeline(pipe, tmp_path / "cascade")
+    (tmp_path / "words").mkdir()
+    for name in ("clip_text_encoder", "clip_image_encoder", "clip_tokenizer"):
+        (tmp_path / "cascade" / name).rename(tmp_path / "words" / name)
+    index = json.loads((tmp_path / "cascade" / "model_index.json").read_text())
+
+    def opened(**beside):
+        changed = json.dumps(index | {"encoders_beside": beside})
+        (tmp_path / "cascade" / "model_index.json").write_text(changed)
+        return cnxs_jax.load_pipeline(tmp_path / "cascade")
+
+    again = opened(clip_text="words", clip_image="words")
+    np.testing.assert_array_equal(drawn(again), drawn(pipe))
+    with pytest.raises(CheckpointError, match="no text_encoder, which"):
+        opened(text="words")
+    for name in ("../words", "/etc", "a/b", 3, ""):
+        with pytest.raises(CheckpointError, match="no name of a neighbouring directory"):
+            opened(clip_text=name)
+
+
 def test_each_noise_level_runs_its_expert(base, plain):
     first = base.stages[0]
     same = dataclasses.replace(first, experts=(first.experts[1],) * 2)
