@@ -43,7 +43,7 @@ def get_config(variant="tiny"):
 def tiny():
     config = common.run("train.tasks_unet:base")
     config.name = "sd"
-    config.steps = 3200
+    config.steps = 2900
     config.batch_size = 32
     config.ema_decay = 0.999
     config.ema_warmup = True

@@ -16,10 +16,10 @@ def draw(pipe, prompts, seed=0, **options):
     Args:
         options: of the pipeline; those of `ONE_A_PROMPT` are lists, one entry a prompt.
     """
-    made = []
-    for start in range(0, len(prompts), BATCH):
-        rows = list(range(start, min(start + BATCH, len(prompts))))
-        padded = rows + rows[-1:] * (BATCH - len(rows))  # one shape compiles
+    made, batch = [], min(BATCH, len(prompts))
+    for start in range(0, len(prompts), batch):
+        rows = list(range(start, min(start + batch, len(prompts))))
+        padded = rows + rows[-1:] * (batch - len(rows))  # one shape compiles
         own = {k: [v[n] for n in padded] if k in ONE_A_PROMPT else v for k, v in options.items()}
         texts, seeds = [prompts[n] for n in padded], [(seed, n) for n in padded]
         images = pipe(texts, seed=seeds, output_type="np", **own).images
