@@ -85,6 +85,7 @@ class Pipeline(TextToImage):
         options: entries of model_index.json that are no components.
         offload: None, or "model" or "sequential": the networks lie on the host (`offload`).
         vae_tile: latents a side that the autoencoder decodes at once, or None for all.
+        compat: whose computation a further ControlNet-XS follows that does not say it itself.
         plain: where adapters are merged into the denoiser, its parameters without them.
     """
 
@@ -97,6 +98,7 @@ class Pipeline(TextToImage):
     options: dict = dataclasses.field(default_factory=dict)
     offload: str | None = None
     vae_tile: int | None = None
+    compat: str = "official"
     plain: Any = None
 
     classes: ClassVar[dict]  # {directory: (library, class)} of model_index.json
@@ -164,18 +166,22 @@ class Pipeline(TextToImage):
 
         Args:
             scheduler: as in `load_pipeline`.
-            control, lora: as in `load_pipeline`; an empty list takes them off.
+            control, lora: as in `load_pipeline`; an empty list takes them off. A ControlNet-XS
+                follows the computation of the one before it, unless a `Controller` names another.
             experts: a part that this family cannot take raises ConfigError.
         """
         requests.refuse_parts(self.class_name, experts=experts)
         config = self.scheduler if scheduler is None else override(self.scheduler, scheduler)
         solvers.from_config(config, 1)  # an unusable scheduler is found now, not at the first call
-        controllers = self.controllers
+        controllers, compat = self.controllers, self.compat
         if control is not None:
             dtype = self.components[self.denoiser].module.dtype
             parts = {"mesh": self.mesh, "offload": self.offload}
-            controllers = controls.open_controllers(control, dtype, **parts)
-        changed = dataclasses.replace(self, scheduler=config, controllers=controllers)
+            controllers = controls.open_controllers(control, dtype, compat, **parts)
+            compat = controls.compat_of(controllers, compat)
+        changed = dataclasses.replace(
+            self, scheduler=config, controllers=controllers, compat=compat
+        )
         changed = changed if lora is None else changed.adapted(lora)
         changed.check()
         return changed
