@@ -19,6 +19,7 @@ from cnxs_jax.control.paint import word_condition
 from cnxs_jax.diffusion import guidance, sampling, solvers
 from cnxs_jax.errors import ConfigError
 from cnxs_jax.models import tiling
+from cnxs_jax.models.unet import latent_sides
 from cnxs_jax.pipelines import adapters, diffusers_layout, offload
 from cnxs_jax.pipelines import control as controls
 from cnxs_jax.pipelines import images as pictures
@@ -242,8 +243,12 @@ class Pipeline(TextToImage):
 
     def asked_size(self, height, width):
         """(H, W) of the result: the sides asked for, or the network's own."""
-        own = self.components[self.denoiser].module.sample_size * self.factor
-        return (own if height is None else height, own if width is None else width)
+        own = latent_sides(self.components[self.denoiser].module.sample_size)
+        if own is None and None in (height, width):
+            what = "the network's config names no sample_size"
+            raise ConfigError(what, "height, width", "give both")
+        asked = (height, width)
+        return tuple(own[i] * self.factor if n is None else n for i, n in enumerate(asked))
 
     def sizes(self, height, width):
         """((H, W) of the result, (H, W) that the network draws) for the sides asked for."""

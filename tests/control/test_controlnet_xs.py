@@ -294,6 +294,7 @@ def test_misfits(adapter, compat, words):
         (dict(num_attention_heads=(1, 2, 3)), "expected 2 positive"),
         (dict(num_attention_heads=5), "5 attention heads on 4 channels"),
         (dict(base_block_out_channels=(8,)), "base_block_out_channels"),
+        (dict(sample_size=(8, 8, 3)), r"sample_size = \(8, 8, 3\)"),
         (dict(time_embedding_mix=0.5), "needs learn_time_embedding"),
         (dict(time_embedding_mix=1.5, learn_time_embedding=True), "expected 0 to 1"),
     ],

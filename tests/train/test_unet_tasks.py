@@ -327,6 +327,17 @@ def test_a_base_whose_parts_do_not_fit_is_named(part, change, message, tmp_path)
         loop.build_task(config)
 
 
+def test_a_base_may_name_both_sides_of_its_latents(tmp_path):
+    """Pictures of training are square, as the networks must be."""
+    config = loop.expand(configs.sd.get_config("smoke"), tmp_path)
+    with config.ignore_type():
+        config.unet.sample_size = (8, 8)
+        loop.build_task(config)
+        config.unet.sample_size = (8, 4)
+    with pytest.raises(ConfigError, match=r"sample_size \(8, 4\), 32 px give latents of 8"):
+        loop.build_task(config)
+
+
 def test_the_block_types_of_a_unet_are_checked():
     config = configs.sd.get_config("smoke")
     config.unet.attention_head_dim = (1, 0)
