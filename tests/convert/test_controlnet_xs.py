@@ -12,7 +12,6 @@ from cnxs_jax.control import controlnet_xs
 from cnxs_jax.control.controlnet_xs import ControlNetXS
 from cnxs_jax.convert import __main__ as command
 from cnxs_jax.convert import controlnet_xs as layouts
-from cnxs_jax.convert import controlnet_xs_fused as fused
 from cnxs_jax.convert import families, files, rules
 from cnxs_jax.errors import CheckpointError, ConfigError
 from cnxs_jax.pipelines import load, save_xs
@@ -105,35 +104,6 @@ def test_research_round_trip_and_its_spare_time_embedding():
         table = layouts.research(module)
         assert_equal(rules.to_params(spare | tensors, params, table), params)
         assert layouts.unused(spare | tensors, table) == ([] if learn else list(spare))
-
-
-def test_fused_is_split_and_joined():
-    module = tiny()
-    base, own = numbered(BASE), numbered(module)
-    parts = {"unet": rules.to_tensors(base), "controlnet": rules.to_tensors(own)}
-    joined = fused.join(parts["unet"], parts["controlnet"])
-    assert len(joined) == len(parts["unet"]) + len(parts["controlnet"])
-    assert fused.is_fused(joined)
-    again = fused.split(joined)
-    for name, tensors in parts.items():
-        assert again[name].keys() == tensors.keys()
-        assert all(again[name][key] is tensors[key] for key in tensors)
-    with pytest.raises(CheckpointError, match=r"(?s)neither base nor controller.*ctrl_conv_on"):
-        fused.split({**joined, "ctrl_conv_on.weight": np.zeros(1)})
-
-
-def test_fused_config_is_split_and_joined():
-    base, adapter = families.config_of(BASE), families.config_of(tiny())
-    for problem, words in (("layers_per_block = 1", "layers_per_block"), ("type", "control_type")):
-        changed = {**adapter, "control_type": "A"} if problem == "type" else adapter
-        with pytest.raises(ConfigError, match=words):
-            fused.join_config(base, changed)
-    config = fused.join_config({**base, "layers_per_block": 2}, adapter)
-    parts = fused.split_config(config)
-    kept = {k: v for k, v in adapter.items() if k in parts["controlnet"]}
-    assert parts["controlnet"] == kept
-    assert parts["unet"]["attention_head_dim"] == base["attention_head_dim"]
-    assert parts["unet"]["block_out_channels"] == base["block_out_channels"]
 
 
 def test_a_file_is_opened_by_its_names(tmp_path):
