@@ -173,8 +173,7 @@ def base(config):
     if terms:
         run, concepts = layout.tapped_unet(unet), len(inputs.world(config).concepts)
         _, t, cond = families.unet_example(unet)
-        sides = latent_sides(unet.sample_size)
-        example = jnp.zeros((1, *sides, unet.in_channels)), t, cond
+        example = jnp.zeros((1, *latent_sides(unet.sample_size), unet.in_channels)), t, cond
         shapes = jax.eval_shape(unet.init, jax.random.key(0), *example)["params"]
         _, patches, features = jax.eval_shape(run, shapes, *example)[1].shape
         grid = (math.isqrt(patches),) * 2
