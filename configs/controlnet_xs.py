@@ -19,7 +19,8 @@ Where this recipe differs, and why:
   - an average of the parameters is kept (`ema_decay`), and exported.
   - half of the captions become the empty prompt, as ControlNet trains (arXiv 2302.05543, section
     3.3), so that guidance works; the released data set has no captions at all. :tiny drops 10 %.
-  - the hint is Canny, whose two thresholds are drawn for each picture; in :tiny the exact edges.
+  - the hint is Canny, whose two thresholds are drawn for each picture in every epoch; in :tiny the
+    exact edges.
     `data.hint`: canny, hed (any pictures), lines, depth, segmentation (scenes only).
   - the base gets no gradients; the released code computes them and throws them away.
   - :tiny learns at 1e-3: the published rates belong to other sizes and lengths.

@@ -23,7 +23,8 @@ Where this recipe differs from the paper (P) or the released script (S), and why
   - The hint (`data.hint`) is "lines" in :tiny, the exact edge map of the embedded scenes. The
     published sizes have HED edges ("hed") of any pictures, by an installed package's weights or by
     PixArt's ControlNetHED.pth (`data.hint_path`; see `cnxs_jax.convert.hed`). "canny" needs no
-    weights; its two thresholds are drawn for each picture.
+    weights; its two thresholds are drawn for each picture, anew
+    in every epoch.
   - :tiny learns at 1e-3 with clipping at 1: the published values belong to another size.
 
 Run:

@@ -4,6 +4,8 @@ The check of `eval.flops`, and a count where a program cannot be walked. Counted
 and convolutions. The functions read a module's fields (or its class's defaults), never its code.
 """
 
+from cnxs_jax.errors import ConfigError
+
 UP_TAPS, PHASE_TAPS = 9, 4  # of a 3x3 convolution after doubling: as written, as our CPU form
 
 
@@ -60,13 +62,23 @@ def halved(side, times):
     return -(-side // 2**times)
 
 
+def own_side(module):
+    """The side of the square latents that a UNet's config names. Raises ConfigError for others."""
+    given = module.sample_size
+    sides = set(given if isinstance(given, tuple | list) else [given])
+    if len(sides) != 1 or sides == {None}:
+        what = f"closed forms are for square latents, not for sample_size {given}"
+        raise ConfigError(what, "side", "give `side`")
+    return sides.pop()
+
+
 def unet_parts(module, tokens=77, side=None, up_taps=UP_TAPS):
     """{"embed", "encoder", "middle", "decoder"} of `unet`.
 
     `conv_in` is the encoder's, `conv_out` the decoder's.
     """
     widths, layers = module.block_out_channels, module.per_level(module.layers_per_block)
-    side = module.sample_size if side is None else side
+    side = own_side(module) if side is None else side
     cross, time = module.cross_attention_dim, 4 * widths[0]
 
     def layer(pixels, inputs, width, depth):

@@ -9,6 +9,7 @@ from eval.closed_forms import (
     UP_TAPS,
     conv,
     halved,
+    own_side,
     resnet,
     transformer,
     unet,
@@ -31,7 +32,7 @@ def hint_embedding(adapter, side, features):
 
 def controlnet(base, adapter, tokens=77, side=None):
     """What a ControlNet adds: a second encoder and middle, a 1x1 convolution a skip, the hint."""
-    side = base.sample_size if side is None else side
+    side = own_side(base) if side is None else side
     parts = unet_parts(base, tokens, side)
     widths, layers = base.block_out_channels, base.per_level(base.layers_per_block)
     total = parts["embed"] + parts["encoder"] + parts["middle"]
@@ -45,7 +46,7 @@ def controlnet(base, adapter, tokens=77, side=None):
 
 def controlnet_xs(base, adapter, tokens=77, side=None):
     """What a ControlNet-XS of type B with concatenation adds (arXiv 2312.06573, section 3)."""
-    side = base.sample_size if side is None else side
+    side = own_side(base) if side is None else side
     layers, time = base.per_level(base.layers_per_block), 4 * base.block_out_channels[0]
     depths = adapter.per_level(adapter.transformer_layers_per_block)
     pairs = list(zip(adapter.block_out_channels, base.block_out_channels, strict=True))
@@ -95,7 +96,7 @@ def controlled(base, adapter, tokens=77, side=None, up_taps=UP_TAPS):
 
 def prepared(base, adapter, tokens=77, side=None):
     """The part of it that neither x nor t changes: the hint's features, the text's keys, values."""
-    side = base.sample_size if side is None else side
+    side = own_side(base) if side is None else side
     hint = hint_embedding(adapter, side, adapter.block_out_channels[0])
     return hint + unet_text(base, tokens) + adapter_text(base, adapter, tokens)
 
@@ -113,7 +114,7 @@ def train_step(base, adapter, tokens=77, side=None, up_taps=UP_TAPS):
     on the control (of a ControlNet the decoder, of a ControlNet-XS all): a product with weights has
     one gradient there instead of two, the products of self-attention have both.
     """
-    side = base.sample_size if side is None else side
+    side = own_side(base) if side is None else side
     forward, touched = unet_parts(base, tokens, side, up_taps), ("encoder", "middle", "decoder")
     if type(adapter).__name__ == "ControlNet":
         touched = ("decoder",)

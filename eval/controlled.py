@@ -32,13 +32,11 @@ def main(config, workdir, *, out=None, sweep=(), steps=None, guidance_scale=None
         ConfigError, DataError, CheckpointError: before any device work where possible.
     """
     options = run.Options(**options)
-    options = dataclasses.replace(
-        options, metrics=options.metrics or (*measures.CONTROL, *measures.USUAL)
-    )
+    metrics = options.metrics or (*measures.CONTROL, *measures.USUAL)
     out = Path(workdir) / "eval" if out is None else Path(out)
     base, adapter, hint, weights = recipe.controller(config, workdir)
     config, _ = recipe.last_stage(config, workdir)
-    world, size = recipe.scenes_of(config, options.metrics)
+    world, size = recipe.scenes_of(config, metrics)
     if not Path(adapter).is_dir():
         raise ConfigError("the run has no controller yet", adapter, "finish its training")
     digest = draw.identity(base)
@@ -46,7 +44,7 @@ def main(config, workdir, *, out=None, sweep=(), steps=None, guidance_scale=None
     compat = (config.get("control") or {}).get("compat") or "official"
     trained = controls.read_controller(adapter, dtype=None, compat=compat)
     pipes = {"base": plain, "controller": plain.replace(control=trained)}
-    sets = run.scene_sets(world, size, options, options.metrics, hint, weights)
+    sets = run.scene_sets(world, size, options, metrics, hint, weights)
     run.check_size(plain, sets["test"])
     own_steps, own_scale = plain.defaults()
     steps = own_steps if steps is None else steps
@@ -64,7 +62,7 @@ def main(config, workdir, *, out=None, sweep=(), steps=None, guidance_scale=None
         "Evaluation of a controller", rows(sweep, steps, guidance_scale, doubled), sets,
         run.references(options, world, size), ceilings=ceilings,
         axis=(*keys, "evaluations")[0], swept=keys,
-        notes=notes(options, told, hint),
+        notes=notes(options, metrics, told, hint),
     )  # fmt: skip
     generate = draw.pipeline_generator(pipes, None, batch)
     who = {"base": digest, "controller": f"{digest} {draw.digest_of(adapter)}"}
@@ -72,7 +70,9 @@ def main(config, workdir, *, out=None, sweep=(), steps=None, guidance_scale=None
         generate, out / run.ROWS, {"pipeline": who}, options.seed, batch, options.redraw
     )
     matmul = config.get("matmul_precision")
-    return run.finish(planned, gallery, options, out, matmul=matmul, summary=summary)
+    return run.finish(
+        planned, gallery, options, out, metrics=metrics, matmul=matmul, summary=summary
+    )
 
 
 def rows(sweep, steps, guidance_scale, doubled=True):
@@ -85,9 +85,9 @@ def rows(sweep, steps, guidance_scale, doubled=True):
     )
 
 
-def notes(options, guidance_scale, hint):
+def notes(options, metrics, guidance_scale, hint):
     """The sentences below the tables."""
     usual = show.notes(
-        options.num_prompts, options.num_real, guidance_scale, options.metrics, options.features
+        options.num_prompts, options.num_real, guidance_scale, metrics, options.features
     )
     return (*usual, show.CONTROL_NOTE.format(hint))

@@ -320,11 +320,16 @@ def check(metrics):
     return tuple(dict.fromkeys(metrics))
 
 
-def check_weights(metrics, weights, chosen):
-    """Raises ConfigError or CheckpointError for a metric whose weights are not there."""
+def check_weights(metrics, weights, chosen, optional=False):
+    """Raises ConfigError or CheckpointError for a metric whose weights are not there.
+
+    `optional`: without the package that has the usual network, its figures are "not run".
+    """
     for name in metrics:
         for network in METRICS[name].networks:
-            networks.check_weights(chosen if network == SELECTED else network, weights, name)
+            network = chosen if network == SELECTED else network
+            if not (optional and network == networks.FEATURES[0] and network not in weights):
+                networks.check_weights(network, weights, name)
 
 
 def usual(has):

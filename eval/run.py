@@ -36,7 +36,8 @@ class Options:
         size: side that pictures of folders are cut to, px.
         seed: of noise and scenes.
         redraw: draw pictures that were made with other settings again.
-        alone: only this process of several evaluates (the end of a training run).
+        alone: the end of a training run: only this process of several evaluates, and what needs
+            a package that is not installed is "not run".
     """
 
     metrics: tuple | None = None
@@ -56,7 +57,7 @@ class Options:
         networks.check_features(self.features)
         if self.metrics is not None:
             object.__setattr__(self, "metrics", measures.check(self.metrics))
-            measures.check_weights(self.metrics, self.weights, self.features)
+            measures.check_weights(self.metrics, self.weights, self.features, self.alone)
 
     def tools(self):
         """The networks, none of them opened yet."""
@@ -111,13 +112,14 @@ def _sample(images, sets, tools):
     return test
 
 
-def finish(planned, gallery, options, out, *, matmul=None, summary=None):
+def finish(planned, gallery, options, out, *, metrics=None, matmul=None, summary=None):
     """Draws, measures and writes: the path of the report, None in processes other than the first.
 
+    `metrics` are those of a plan where none are asked for; else the usual ones that it can have.
     Of several processes, unless `options.alone`, each draws its share into a directory that all of
     them see; the first one draws what is missing then, and measures.
     """
-    metrics = options.metrics or measures.usual(planned.has)
+    metrics = options.metrics or metrics or measures.usual(planned.has)
     measures.check_needs(metrics, planned.has)
     several = jax.process_count() > 1 and not options.alone
     shared = several and isinstance(gallery, draw.Gallery)

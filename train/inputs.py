@@ -38,9 +38,12 @@ SHOWN_PIXELS = 2**20
 class Hinted:
     """A source whose examples have a control picture beside the image: `hint` uint8 [H,W,3].
 
-    Canny's thresholds are drawn for each example, from its index: the same in every epoch. HED's
-    weights are those of `path`.
+    Canny's thresholds are drawn for each example from its index and the epoch, so that a resumed
+    run sees the same. `[index]` is the example of the first epoch. HED's weights are those of
+    `path`.
     """
+
+    varies = True  # from epoch to epoch: see `pipeline.example`
 
     def __init__(self, source, name, seed, path=None):
         self.source, self.name, self.seed, self.path = source, name, seed, path
@@ -52,7 +55,11 @@ class Hinted:
         return f"Hinted({self.name}, {self.source!r})"
 
     def __getitem__(self, index):
-        return self._with_hint(self.source[index], index)
+        return self.at(index, 0)
+
+    def at(self, index, epoch):
+        """The example as it is in this epoch."""
+        return self._with_hint(self.source[index], index, epoch)
 
     def __getattr__(self, name):
         """What else the source has: `original_sizes`, and `read`, which gives it a hint, too."""
@@ -61,10 +68,12 @@ class Hinted:
         found = getattr(self.source, name)
         if name != "read":
             return found
-        return lambda index, *size: self._with_hint(found(index, *size), index)
+        return lambda index, height, width, epoch=0: self._with_hint(
+            found(index, height, width), index, epoch
+        )
 
-    def _with_hint(self, example, index):
-        rng = np.random.default_rng([self.seed, int(index)])
+    def _with_hint(self, example, index, epoch):
+        rng = np.random.default_rng([self.seed, int(index), epoch])
         return {**example, "hint": hints.picture(example, self.name, rng, self.path)}
 
 

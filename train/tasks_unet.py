@@ -21,7 +21,7 @@ from cnxs_jax.data import text as texts
 from cnxs_jax.diffusion import sampling
 from cnxs_jax.errors import ConfigError
 from cnxs_jax.models.clip import CLIPTextModel
-from cnxs_jax.models.unet import UNet
+from cnxs_jax.models.unet import UNet, latent_sides
 from train import inputs, layout, networks, networks_unet, objectives, validate
 from train.loop import Task
 from train.parts import (
@@ -173,7 +173,7 @@ def base(config):
     if terms:
         run, concepts = layout.tapped_unet(unet), len(inputs.world(config).concepts)
         _, t, cond = families.unet_example(unet)
-        example = jnp.zeros((1, unet.sample_size, unet.sample_size, unet.in_channels)), t, cond
+        example = jnp.zeros((1, *latent_sides(unet.sample_size), unet.in_channels)), t, cond
         shapes = jax.eval_shape(unet.init, jax.random.key(0), *example)["params"]
         _, patches, features = jax.eval_shape(run, shapes, *example)[1].shape
         grid = (math.isqrt(patches),) * 2
@@ -225,7 +225,7 @@ def check_base_sizes(config, unet, vae, text, tokenizer):
     networks_unet.check_fit(unet, vae, text.hidden_size, config.data.size)
     check_length(config, tokenizer, text)
     latent = config.data.size // vae.downsample_factor
-    if latent != unet.sample_size:
+    if latent_sides(unet.sample_size) != (latent, latent):
         raise ConfigError(
             f"sample_size {unet.sample_size}, {config.data.size} px give latents of {latent}",
             "config.unet.sample_size",

@@ -20,6 +20,7 @@ from a scale of 0 if the adapter has a learned time embedding, which the base re
 `controlnet_xs` says where.
 """
 
+import functools
 import itertools
 
 import flax.linen as nn
@@ -157,10 +158,9 @@ class ControlledUNet(nn.Module):
         learned = [(i, a, own) for i, a, own in learned if own is not None]
         if learned:
             tied = self.compat == "official"
-            shares = [weights.share(i, a.time_embedding_mix, tied) for i, a, _ in learned]
-            if len(shares) > 1:  # more than the whole cannot be given away
-                total = jnp.maximum(sum(shares), 1.0)
-                shares = [share / total for share in shares]
+            shares = time_shares(
+                [weights.mix(i, a.time_embedding_mix, tied) for i, a, _ in learned]
+            )
             temb = temb * (1.0 - sum(shares)).astype(temb.dtype)
             for share, (_, _, own) in zip(shares, learned, strict=True):
                 temb = temb + own * share.astype(own.dtype)
@@ -246,18 +246,31 @@ class Weights:
             h = h + residual
         return h
 
-    def share(self, i, mix, tied):
-        """[B or 1, 1] float32: the part of adapter `i`'s time embedding, 0 where it is inactive.
+    def mix(self, i, mix, tied):
+        """[B or 1, 1] float32: how much of adapter `i`'s time embedding, 0 where it is inactive.
 
-        `tied`: the scale counts as part of the mix.
+        `tied`: the scale counts as part of it.
         """
-        share = jnp.full((1, 1), mix, jnp.float32)
-        if tied and self.scales[i] is not None:
-            share = share * jnp.maximum(self.scales[i].astype(jnp.float32), 0.0)[:, None]
-        share = share**MIX_EXPONENT
-        if self.active[i] is not None:
-            share = share * self.active[i].astype(jnp.float32)[:, None]
-        return share
+        mix = jnp.full((1, 1), mix, jnp.float32)
+        factors = (self.scales[i] if tied else None, self.active[i])
+        for factor in factors:
+            if factor is not None:
+                mix = mix * jnp.maximum(factor.astype(jnp.float32), 0.0)[:, None]
+        return mix
+
+
+def time_shares(mixes):
+    """The part of each learned time embedding, of their mixes; the base's own keeps the rest.
+
+    One alone gets `mix ** 0.3`. Several share what their sum would get, in proportion, as what they
+    add to the base sums up, too: one of mix 0 is absent, two halves are the whole. More than the
+    whole is given away only where one of them takes it alone, at a scale above 1.
+    """
+    if len(mixes) == 1:
+        return [mixes[0] ** MIX_EXPONENT]
+    total, largest = sum(mixes), functools.reduce(jnp.maximum, mixes)
+    given = jnp.minimum(total, jnp.maximum(largest, 1.0)) ** MIX_EXPONENT
+    return [given * mix / jnp.maximum(total, 1e-30) for mix in mixes]
 
 
 def hints_of(cond, adapters, several):

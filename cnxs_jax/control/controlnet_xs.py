@@ -76,7 +76,7 @@ class ControlNetXS(nn.Module):
     base_block_out_channels: tuple = (320, 640, 1280, 1280)
     cross_attention_dim: int = 1024
     down_block_types: tuple = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
-    sample_size: int | None = 96
+    sample_size: int | tuple | None = 96
     transformer_layers_per_block: int | tuple = 1
     upcast_attention: bool | None = True
     max_norm_num_groups: int = 32

@@ -5,7 +5,7 @@ import math
 from cnxs_jax.control.controlled_unet import check_same
 from cnxs_jax.control.xs_blocks import most_groups
 from cnxs_jax.errors import ConfigError
-from cnxs_jax.models.unet import DOWN
+from cnxs_jax.models.unet import DOWN, latent_sides
 
 TYPES, INFUSIONS = ("A", "B", "C"), ("cat", "add")
 
@@ -187,6 +187,7 @@ def check_config(adapter):
             continue
         if len(given) != n or not all(type(v) is int and v > 0 for v in given):
             raise ConfigError(f"{name} = {given}, expected {n} positive numbers", where)
+    latent_sides(adapter.sample_size, where)
     heads = adapter.per_level(adapter.num_attention_heads)
     for width, count in zip(adapter.block_out_channels, heads, strict=True):
         if adapter.attention_head_width is None and width < count:

@@ -8,6 +8,7 @@
   saves: `controlnet_xs_fused`.
 """
 
+import math
 import re
 
 import numpy as np
@@ -35,6 +36,7 @@ RESEARCH_CONVS = {
     "mid_out": "middle_block_out",
     "up_out": "up_zero_convs_out.{}",
 }
+RESEARCH_TIME = "control_model.time_embedding."
 RESEARCH = {
     "control_model.conv_in.{p}": "conv_in.{p}",
     "control_model.down_blocks.{n}.resnets.{rest}": "down_blocks.{n}.resnets.{rest}",
@@ -97,12 +99,27 @@ def official(module):
 
 def research(module):
     """The table of the names of diffusers 0.24 to 0.26, for type B with concatenation."""
-    own = "control_model.time_embedding."  # there even where the base's is shared
-    names, ignore = list(RESEARCH.items()), (re.escape(own) + ".*",)
+    names, ignore = list(RESEARCH.items()), (re.escape(RESEARCH_TIME) + ".*",)
     if module.learn_time_embedding:
-        names.append((own + "{rest}", "time_embedding.{rest}"))
+        names.append((RESEARCH_TIME + "{rest}", "time_embedding.{rest}"))
         ignore = ()
     return Table(_rules([*names, *_connections(module, RESEARCH_CONVS)]), ignore=ignore)
+
+
+def research_tensors(module, params):
+    """{name of diffusers 0.24 to 0.26: array} of an adapter.
+
+    That class has its own time embedding even where the base's is shared, and does not open a file
+    without one: zeros then, which nothing reads.
+    """
+    tensors = to_tensors(params, research(module))
+    if not module.learn_time_embedding:
+        features = module.base_block_out_channels[0]
+        for name, inputs in (("linear_1", features), ("linear_2", 4 * features)):
+            weight = np.zeros((4 * features, inputs), np.float32)
+            tensors[f"{RESEARCH_TIME}{name}.weight"] = weight
+            tensors[f"{RESEARCH_TIME}{name}.bias"] = weight[:, 0].copy()
+    return tensors
 
 
 def unused(tensors, table):
@@ -182,26 +199,40 @@ def of_research(config):
     return {"_class_name": "ControlNetXSAdapter", **found}
 
 
+RESEARCH_FIXED = {  # of the older class, which has no key for them
+    "control_type": "B",
+    "infusion": "cat",
+    "attention_head_width": None,
+    "use_linear_projection": True,
+    "layers_per_block": 2,
+    "in_channels": 4,
+    "max_norm_num_groups": 32,
+}
+
+
 def to_research(module):
-    """The older class's config of an adapter. Raises ConfigError for one that it cannot be."""
-    fixed = {
-        "control_type": "B",
-        "infusion": "cat",
-        "attention_head_width": None,
-        "use_linear_projection": True,
-    }
-    wrong = [f"{k} = {getattr(module, k)!r}" for k, v in fixed.items() if getattr(module, k) != v]
+    """The older class's config of an adapter, which `of_research` reads back.
+
+    Raises ConfigError for an adapter that it cannot be: another computation would be read.
+    """
+    given = {key: set(module.per_level(getattr(module, key))) for key in RESEARCH_FIXED}
+    wrong = [
+        f"{key} = {getattr(module, key)!r}"
+        for key, value in RESEARCH_FIXED.items()
+        if given[key] != {value}
+    ]
     if wrong:
         what = f"diffusers 0.24 to 0.26 cannot hold {', '.join(wrong)}"
         raise ConfigError(what, "ControlNetXSModel", "write another layout")
-    own, base = module.block_out_channels, module.base_block_out_channels
-    groups = 32 if all(width % 32 == 0 for width in own) else min(own)
+    base = module.base_block_out_channels
+    # It must divide all channels, or the class cannot be made; then each norm gets its own number.
+    common = math.gcd(*module.block_out_channels, *base)
     return {
         "_class_name": "ControlNetXSModel",
         **{key: getattr(module, key) for key in RESEARCH_KEYS},
         **{old: getattr(module, new) for old, new in RESEARCH_RENAMED.items()},
         "up_block_types": [n.replace("Down", "Up") for n in module.down_block_types[::-1]],
-        "norm_num_groups": groups,
+        "norm_num_groups": max(n for n in range(1, 33) if common % n == 0),
         "time_embedding_input_dim": base[0],
         "time_embedding_dim": 4 * base[0],
         "base_model_channel_sizes": _channel_sizes(module),

@@ -75,6 +75,19 @@ DEFAULTS = {  # of the fused class where they are not those of the two
     "num_attention_heads": 8,
 }
 
+FIXED = {  # of the fused class, which has no key for them
+    BASE: {
+        **{"layers_per_block": 2, "in_channels": 4, "out_channels": 4},
+        **{"mid_block_type": "UNetMidBlock2DCrossAttn", "norm_eps": 1e-5},
+    },
+    CONTROL: {
+        **{"control_type": "B", "infusion": "cat", "attention_head_width": None},
+        **{"layers_per_block": 2, "in_channels": 4},
+    },
+}
+# Keys that say nothing about what is computed, of which the fused model has only the base's.
+NO_EFFECT = {"_class_name", "sample_size", "upcast_attention"}
+
 
 def is_fused(tensors):
     """Whether these are the names of a fused model."""
@@ -123,23 +136,28 @@ def split_config(config):
 
 
 def join_config(base, control):
-    """The fused model's config of a base's and an adapter's.
+    """The fused model's config of a base's and an adapter's; `split_config` gives both back.
 
     Raises ConfigError for what the fused model cannot be: another type than B with concatenation,
-    other than two resnets a level, other than 4 latent channels.
+    other than two resnets a level, other than 4 latent channels, an adapter of another base.
     """
-    problems = [
-        f"{key} = {config[key]!r}"
-        for config, fixed in (
-            (control, {"control_type": "B", "infusion": "cat", "attention_head_width": None}),
-            (base, {"layers_per_block": 2, "in_channels": 4, "out_channels": 4}),
-        )
-        for key, value in fixed.items()
-        if config.get(key, value) != value
-    ]
+    fused = {key: base[key] for key in BASE_KEYS if key in base}
+    fused |= {old: control[new] for old, new in CONTROL_KEYS.items() if new in control}
+    fused |= {"_class_name": CLASS, "num_attention_heads": base["attention_head_dim"]}
+    parts, levels = split_config(fused), len(base["block_out_channels"])
+    problems = []
+    for name, given in ((BASE, base), (CONTROL, control)):
+        held = FIXED[name] | parts[name]
+        for key in sorted(given.keys() & held.keys() - NO_EFFECT):
+            if _one_each(given[key], levels) != _one_each(held[key], levels):
+                beside = f" (the base: {held[key]!r})" if key not in FIXED[name] else ""
+                problems.append(f"{key} = {given[key]!r}{beside}")
     if problems:
         what = f"diffusers' fused model cannot hold {', '.join(problems)}"
         raise ConfigError(what, CLASS, "save base and controller on their own")
-    fused = {key: base[key] for key in BASE_KEYS if key in base}
-    fused |= {old: control[new] for old, new in CONTROL_KEYS.items() if new in control}
-    return {"_class_name": CLASS, **fused, "num_attention_heads": base["attention_head_dim"]}
+    return fused
+
+
+def _one_each(value, levels):
+    """A value that may be one for all levels, so that both spellings compare as equal."""
+    return tuple(value) if isinstance(value, tuple | list) else (value,) * levels

@@ -89,6 +89,7 @@ class BucketLoader:
         self.epoch, self.position = epoch, position
         self.waiting = {int(bucket): list(indices) for bucket, indices in waiting.items()}
         self.order = self._shuffled(epoch)
+        self.rank = np.argsort(self.order)  # where in the order each index comes
 
     def _shuffled(self, epoch):
         return np.random.default_rng((self.seed, epoch)).permutation(len(self.source))
@@ -107,13 +108,27 @@ class BucketLoader:
                 del self.waiting[bucket]
                 return bucket, queue
 
+    def _epochs(self, indices):
+        """The epoch in which each was drawn: pictures may have waited from earlier ones.
+
+        Every epoch draws each index once, so an index that waited twice was drawn an epoch apart.
+        """
+        found, later = [], {}
+        for index in reversed(indices):
+            last = self.epoch if self.rank[index] < self.position else self.epoch - 1
+            found.append(last - later.get(index, 0))
+            later[index] = later.get(index, 0) + 1
+        return found[::-1]
+
     def __iter__(self):
         return self
 
     def __next__(self):
         bucket, indices = self._next_indices()
-        mine = [indices[row] for row in self.rows]
-        examples = [self.source.read(i, *self.shapes[bucket]) for i in mine]
+        epochs, shape = self._epochs(indices), self.shapes[bucket]
+        examples = [
+            pipeline.example(self.source, indices[row], epochs[row], *shape) for row in self.rows
+        ]
         batch = {key: np.stack([e[key] for e in examples]) for key in self.keys}
         batch.setdefault("aspect", np.full((len(examples), 1), self.ratios[bucket], np.float32))
         batch["caption"] = [e["caption"] for e in examples]

@@ -84,21 +84,33 @@ class First:
         return (lambda: found()[: self.number]) if name == "original_sizes" else found
 
 
+def example(source, index, epoch, *size):
+    """Example `index` of a source, in (height, width) `size` where one is given.
+
+    A source that `varies` makes another example in each epoch: `at(index, epoch)` and
+    `read(index, height, width, epoch)`.
+    """
+    varies = getattr(source, "varies", False)
+    if size:
+        return source.read(index, *size, epoch) if varies else source.read(index, *size)
+    return source.at(index, epoch) if varies else source[index]
+
+
 class _Batches:
     """Batch `k` of one process: its rows of the global samples `[start + k·B, start + (k+1)·B)`.
 
     Interleaving by batch, not by process, keeps the global order independent of their number.
     """
 
-    def __init__(self, samples, start, loader):
-        self.samples, self.start, self.loader = samples, start, loader
+    def __init__(self, start, loader):
+        self.start, self.loader = start, loader
 
     def __len__(self):
-        return (len(self.samples) - self.start) // self.loader.batch_size
+        return (len(self.loader.order) - self.start) // self.loader.batch_size
 
     def __getitem__(self, k):
         first = self.start + int(k) * self.loader.batch_size
-        return self.loader.collate([self.samples[first + row] for row in self.loader.rows])
+        return self.loader.collate([self.loader.sample(first + row) for row in self.loader.rows])
 
 
 class Loader:
@@ -110,19 +122,23 @@ class Loader:
         self.batch_size, self.keys, self.prefetch = batch_size, tuple(keys), prefetch
         self.rows = check_rows(rows, batch_size)
         self.tokenizer, self.max_length, self.tokenize = tokenizer, max_length, tokenize
-        samples = grain.MapDataset.source(source).seed(seed)
+        order = grain.MapDataset.source(range(len(source))).seed(seed)
         if shuffle:
-            samples = samples.shuffle()
-        self.samples = samples.repeat()  # shuffled anew in every epoch
+            order = order.shuffle()
+        self.order = order.repeat()  # of the source's indices, shuffled anew in every epoch
         self._start_at(0)
 
     def _start_at(self, sample):
         self.position = sample
-        batches = grain.MapDataset.source(_Batches(self.samples, sample, self))
+        batches = grain.MapDataset.source(_Batches(sample, self))
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=self.prefetch)
         if not self.prefetch:
             options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
         self._batches = iter(batches.to_iter_dataset(options))
+
+    def sample(self, number):
+        """Example `number` of the endless stream; its epoch follows from the number."""
+        return example(self.source, int(self.order[number]), number // len(self.source))
 
     def collate(self, examples):
         """Stacks examples into `{"image", "caption", ...}`; tokens where there is a tokenizer."""

@@ -42,6 +42,8 @@ class UNet(nn.Module):
     on the way up.
 
     Args:
+        sample_size: side of the latents that it was trained on, (height, width) or None for
+            none; only for those who ask, see `latent_sides`.
         attention_head_dim: the number of heads, in spite of its name in diffusers; one for all
             levels or one each, highest resolution first.
         transformer_layers_per_block: transformer blocks after a resnet, one for all or one each.
@@ -265,6 +267,7 @@ class UNet(nn.Module):
 
     def _check(self):
         n, where = self.num_levels, "unet config"
+        latent_sides(self.sample_size, where)
         for name in ("down_block_types", "up_block_types"):
             known, given = DOWN if name.startswith("down") else UP, getattr(self, name)
             if len(given) != n or not set(given) <= set(known):
@@ -297,6 +300,20 @@ class UNet(nn.Module):
 def words(cond, h):
     """(attention mask of the text, `Paint` at the size of `h` [B,H,W,C]); each may be None."""
     return cond.get("text_mask"), paint_at(cond, h.shape[1:3], cond["text"].shape[1])
+
+
+def latent_sides(sample_size, where="sample_size"):
+    """(height, width) of the latents that a config names: by one number, by two, or None by None.
+
+    Raises ConfigError for anything else.
+    """
+    if sample_size is None:
+        return None
+    sides = sample_size if isinstance(sample_size, tuple | list) else (sample_size,) * 2
+    if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
+        what = f"sample_size = {sample_size!r}, expected a number of latents or (height, width)"
+        raise ConfigError(what, where)
+    return tuple(sides)
 
 
 def down_stages(layers):

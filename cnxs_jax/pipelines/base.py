@@ -19,6 +19,7 @@ from cnxs_jax.control.paint import word_condition
 from cnxs_jax.diffusion import guidance, sampling, solvers
 from cnxs_jax.errors import ConfigError
 from cnxs_jax.models import tiling
+from cnxs_jax.models.unet import latent_sides
 from cnxs_jax.pipelines import adapters, diffusers_layout, offload
 from cnxs_jax.pipelines import control as controls
 from cnxs_jax.pipelines import images as pictures
@@ -85,6 +86,7 @@ class Pipeline(TextToImage):
         options: entries of model_index.json that are no components.
         offload: None, or "model" or "sequential": the networks lie on the host (`offload`).
         vae_tile: latents a side that the autoencoder decodes at once, or None for all.
+        compat: whose computation a further ControlNet-XS follows that does not say it itself.
         plain: where adapters are merged into the denoiser, its parameters without them.
     """
 
@@ -97,6 +99,7 @@ class Pipeline(TextToImage):
     options: dict = dataclasses.field(default_factory=dict)
     offload: str | None = None
     vae_tile: int | None = None
+    compat: str = "official"
     plain: Any = None
 
     classes: ClassVar[dict]  # {directory: (library, class)} of model_index.json
@@ -164,18 +167,22 @@ class Pipeline(TextToImage):
 
         Args:
             scheduler: as in `load_pipeline`.
-            control, lora: as in `load_pipeline`; an empty list takes them off.
+            control, lora: as in `load_pipeline`; an empty list takes them off. A ControlNet-XS
+                follows the computation of the one before it, unless a `Controller` names another.
             experts: a part that this family cannot take raises ConfigError.
         """
         requests.refuse_parts(self.class_name, experts=experts)
         config = self.scheduler if scheduler is None else override(self.scheduler, scheduler)
         solvers.from_config(config, 1)  # an unusable scheduler is found now, not at the first call
-        controllers = self.controllers
+        controllers, compat = self.controllers, self.compat
         if control is not None:
             dtype = self.components[self.denoiser].module.dtype
             parts = {"mesh": self.mesh, "offload": self.offload}
-            controllers = controls.open_controllers(control, dtype, **parts)
-        changed = dataclasses.replace(self, scheduler=config, controllers=controllers)
+            controllers = controls.open_controllers(control, dtype, compat, **parts)
+            compat = controls.compat_of(controllers, compat)
+        changed = dataclasses.replace(
+            self, scheduler=config, controllers=controllers, compat=compat
+        )
         changed = changed if lora is None else changed.adapted(lora)
         changed.check()
         return changed
@@ -236,8 +243,12 @@ class Pipeline(TextToImage):
 
     def asked_size(self, height, width):
         """(H, W) of the result: the sides asked for, or the network's own."""
-        own = self.components[self.denoiser].module.sample_size * self.factor
-        return (own if height is None else height, own if width is None else width)
+        own = latent_sides(self.components[self.denoiser].module.sample_size)
+        if own is None and None in (height, width):
+            what = "the network's config names no sample_size"
+            raise ConfigError(what, "height, width", "give both")
+        asked = (height, width)
+        return tuple(own[i] * self.factor if n is None else n for i, n in enumerate(asked))
 
     def sizes(self, height, width):
         """((H, W) of the result, (H, W) that the network draws) for the sides asked for."""

@@ -70,7 +70,7 @@ def open_controllers(given, dtype=None, compat="official", mesh=None, offload=No
     Args:
         given: None; a directory or file of an adapter; a pair (module, params) or a `Controller`;
             or a list of these. Of files that hold a base, too, the controller is taken.
-        compat: of adapters that do not say it themselves.
+        compat: of adapters that do not say it themselves; only ControlNet-XS has the choice.
 
     Raises:
         ConfigError: something else.
@@ -82,7 +82,7 @@ def open_controllers(given, dtype=None, compat="official", mesh=None, offload=No
         if isinstance(item, Controller):
             return item
         if isinstance(item, tuple) and len(item) == 2:
-            return Controller(*item, compat)
+            return Controller(*item, compat if has_choice(item[0]) else "official")
         if isinstance(item, str | os.PathLike):
             return read_controller(item, dtype, compat)
         raise ConfigError(
@@ -115,7 +115,18 @@ def read_controller(path, dtype=None, compat="official"):
         return Controller(*found, save_xs.FUSED_COMPAT)
     joint = os.path.isfile(path) and pixart_control.is_joint(files.read_tensors(path))
     component = pixart_control.CONTROL if joint else None
-    return Controller(*read_model(path, component, dtype=dtype), compat)
+    module, params = read_model(path, component, dtype=dtype)
+    return Controller(module, params, compat if has_choice(module) else "official")
+
+
+def has_choice(adapter):
+    """Whether this kind of adapter has more than one reference (`Controller.compat`)."""
+    return hasattr(adapter, "compat")
+
+
+def compat_of(controllers, default):
+    """Whose computation the first one follows that has the choice; `default` without any."""
+    return next((c.compat for c in controllers if has_choice(c.module)), default)
 
 
 def attach(base, controllers):

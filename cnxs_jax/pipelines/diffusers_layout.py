@@ -1,6 +1,7 @@
 """diffusers' directory layout: what a `Pipeline` reads and writes."""
 
 import pathlib
+import re
 import shutil
 
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from cnxs_jax.errors import CheckpointError, ConfigError
 from cnxs_jax.models import tiling
 from cnxs_jax.pipelines import offload as offloading
 from cnxs_jax.pipelines import scheduler as schedulers
-from cnxs_jax.pipelines.control import open_controllers
+from cnxs_jax.pipelines.control import compat_of, open_controllers
 from cnxs_jax.pipelines.interface import Component
 from cnxs_jax.pipelines.load import load_null_caption, place, read_model, save_model
 from cnxs_jax.pipelines.request import refuse_parts
@@ -20,7 +21,9 @@ from cnxs_jax.pipelines.save_xs import FUSED, FUSED_COMPAT, is_fused, save_fused
 from cnxs_jax.storage import write_json
 
 INDEX = "model_index.json"
-CONTROL = "controlnet"  # the controller's directory
+CONTROL = "controlnet"  # the controller's directory; of several the others' are `controlnet_1`, ...
+# {class of one controller: diffusers' class of several}; the others it has no pipeline of several.
+SEVERAL = {"ControlNetModel": "MultiControlNetModel"}
 COMPAT = "_control_compat"  # diffusers reads no names that begin with an underscore
 # The diffusers release whose layout is written; it reads the number for information only.
 DIFFUSERS_VERSION = "0.42.1"
@@ -41,6 +44,7 @@ def read(
 ):
     """The fields of a `Pipeline` of this family; arguments as `TextToImage.read` has them."""
     refuse_parts(family.class_name, **others)
+    index = schedulers.read_json(directory / INDEX)
     config = schedulers.read(directory)
     if "_class_name" not in config:
         raise CheckpointError("`_class_name` is missing", str(directory / "scheduler"))
@@ -50,8 +54,10 @@ def read(
     if control is None and compat is not None:
         # Training changes the fused one, not the copy that diffusers stores beside it.
         denoiser = directory / family.denoiser
-        control = denoiser if is_fused(denoiser) else directory / CONTROL
-    controllers = open_controllers(control, dtype, compat or "official", mesh, offload)
+        control = denoiser if is_fused(denoiser) else stored_controllers(directory, index)
+    compat = compat or "official"
+    controllers = open_controllers(control, dtype, compat, mesh, offload)
+    compat = compat_of(controllers, compat)
     tokenizers = tuple(family.load_tokenizer(directory / name) for name in family.tokenizers)
     components = {}
     for name in family.networks:
@@ -66,11 +72,31 @@ def read(
         module, params = read_model(directory / name, part, dtype=own, quantize=mode)
         components[name] = Component(module, place(params, mesh))
     null = _null_text(directory, family, components)
-    index = schedulers.read_json(directory / INDEX)
     options = {name: index[name] for name in family.default_options if name in index}
     tokenizer = tokenizers if len(tokenizers) > 1 else tokenizers[0]
     tile = tiling.TILE if vae_tiling else None
-    return components, tokenizer, config, null, mesh, controllers, options, offload, tile
+    return components, tokenizer, config, null, mesh, controllers, options, offload, tile, compat
+
+
+def stored_controllers(directory, index):
+    """The directories of the controllers that lie beside the components, in order.
+
+    The index says whether there are several, as it does for diffusers, which reads on until a
+    number is missing. Raises CheckpointError where a later one is there all the same.
+    """
+    kind = index.get(CONTROL)
+    if not isinstance(kind, list) or kind[-1:] not in [[name] for name in SEVERAL.values()]:
+        return [directory / CONTROL]
+    numbers = [re.fullmatch(rf"{CONTROL}_(\d+)", p.name) for p in directory.iterdir()]
+    found = sorted(int(m[1]) for m in numbers if m and (directory / m[0]).is_dir())
+    if found != list(range(1, len(found) + 1)):
+        missing = next(n for n in range(1, len(found) + 2) if n not in found)
+        raise CheckpointError(
+            f"there is a controller {CONTROL}_{found[-1]}, but no {CONTROL}_{missing}",
+            str(directory),
+            "they are numbered without a gap: copy the missing one, or rename the others",
+        )
+    return [directory / CONTROL, *(directory / f"{CONTROL}_{n}" for n in found)]
 
 
 def write(pipe, directory, dtype=None):
@@ -80,7 +106,7 @@ def write(pipe, directory, dtype=None):
     index |= {name: pipe.option(name) for name in pipe.default_options}
     fused = False
     if pipe.controllers:
-        index |= _write_controller(pipe, directory, dtype)
+        index |= _write_controllers(pipe, directory, dtype)
         fused = pipe.controllers[0].compat == FUSED_COMPAT
     tokenizers = pipe.tokenizer if isinstance(pipe.tokenizer, tuple) else (pipe.tokenizer,)
     tokenizers = dict(zip(pipe.tokenizers, tokenizers, strict=True))
@@ -101,21 +127,25 @@ def write(pipe, directory, dtype=None):
     write_json(directory / INDEX, index)
 
 
-def _write_controller(pipe, directory, dtype):
-    """Entries of the index for a pipeline with its controller, which is written beside."""
-    if len(pipe.controllers) > 1:
+def _write_controllers(pipe, directory, dtype):
+    """Entries of the index for a pipeline with its controllers, which are written beside."""
+    name, compat = (
+        family_of_module(pipe.controllers[0].module).classes[0],
+        pipe.controllers[0].compat,
+    )
+    if name not in pipe.controlled:
+        raise ConfigError(f"{pipe.class_name} has no layout with a {name}", "save_pipeline")
+    kind = name if len(pipe.controllers) == 1 else SEVERAL.get(name)
+    if kind is None:
         raise ConfigError(
-            "a pipeline of several controllers has no layout",
+            f"diffusers has no layout of a pipeline of several {name}",
             "save_pipeline",
             "save each with `save_model`, and the pipeline with `pipe.replace(control=[])`",
         )
-    module, params, compat = pipe.controllers[0]
-    name = family_of_module(module).classes[0]
-    if name not in pipe.controlled:
-        raise ConfigError(f"{pipe.class_name} has no layout with a {name}", "save_pipeline")
-    save_model(module, params, directory / CONTROL, dtype)
+    for n, controller in enumerate(pipe.controllers):
+        save_model(*controller[:2], directory / (f"{CONTROL}_{n}" if n else CONTROL), dtype)
     class_name, _ = pipe.controlled[name]
-    return {"_class_name": class_name, CONTROL: ["diffusers", name], COMPAT: compat}
+    return {"_class_name": class_name, CONTROL: ["diffusers", kind], COMPAT: compat}
 
 
 def _write_tokenizer(tokenizer, directory):

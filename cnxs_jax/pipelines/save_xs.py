@@ -40,10 +40,10 @@ def save_fused(base, control, directory, dtype=None):
 def save_research(module, params, directory, dtype=None):
     """Writes the adapter as diffusers 0.24 to 0.26 had it (`ControlNetXSModel`).
 
-    Raises ConfigError for types that it does not have.
+    Raises ConfigError for adapters that it cannot be.
     """
     config = controlnet_xs.to_research(module)
-    write(directory, rules.to_tensors(params, controlnet_xs.research(module)), config, dtype)
+    write(directory, controlnet_xs.research_tensors(module, params), config, dtype)
 
 
 def write(directory, tensors, config, dtype):

@@ -217,29 +217,6 @@ def test_which_zeros_are_no_control(base, compat, learned, same):
         np.testing.assert_allclose(none, run(BASE, base, x, t, cond), rtol=0, atol=1e-5)
 
 
-def test_several_adapters_add_up(controlled, base):
-    """Two half-scaled copies of one adapter are that adapter; scales and hints are told apart."""
-    own = controlled("B", "cat")[1]["control"]
-    adapters, compat = [adapter_of(learn_time_embedding=True)] * 2, "diffusers_pretrained"
-    x, t, cond = inputs()
-    one, single = control.attach(BASE, base, adapters[0], own, compat)
-    expected = run(one, single, x, t, cond)
-    two, both = control.attach(BASE, base, adapters, [own, own], compat)
-    assert set(both["control"]) == {"adapters_0", "adapters_1"}
-
-    def pair(hints, scales):
-        scales = tuple(np.full(BATCH, scale, np.float32) for scale in scales)
-        pairs = {"hint": hints, "control_scale": scales}
-        doubled = {"connection_scale": (cond["connection_scale"],) * 2}
-        return run(two, both, x, t, cond | pairs | doubled)
-
-    hint, other = cond["hint"], 1.0 - cond["hint"]
-    np.testing.assert_allclose(pair((hint, hint), (0.5, 0.5)), expected, rtol=0, atol=1e-5)
-    np.testing.assert_allclose(pair((hint, other), (1.0, 0.0)), expected, rtol=0, atol=1e-5)
-    np.testing.assert_allclose(pair((other, hint), (0.0, 1.0)), expected, rtol=0, atol=1e-5)
-    assert np.abs(pair((hint, other), (0.0, 1.0)) - expected).max() > 1e-3
-
-
 @pytest.mark.slow
 def test_training_moves_the_adapter_alone(base):
     """Fresh: gradients only behind zeros that meet something; a step later everywhere."""
@@ -317,6 +294,7 @@ def test_misfits(adapter, compat, words):
         (dict(num_attention_heads=(1, 2, 3)), "expected 2 positive"),
         (dict(num_attention_heads=5), "5 attention heads on 4 channels"),
         (dict(base_block_out_channels=(8,)), "base_block_out_channels"),
+        (dict(sample_size=(8, 8, 3)), r"sample_size = \(8, 8, 3\)"),
         (dict(time_embedding_mix=0.5), "needs learn_time_embedding"),
         (dict(time_embedding_mix=1.5, learn_time_embedding=True), "expected 0 to 1"),
     ],

@@ -1,5 +1,8 @@
 """ControlNet-XS's layouts without PyTorch: names, round trips, what is ignored or refused."""
 
+import dataclasses
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -9,10 +12,9 @@ from cnxs_jax.control import controlnet_xs
 from cnxs_jax.control.controlnet_xs import ControlNetXS
 from cnxs_jax.convert import __main__ as command
 from cnxs_jax.convert import controlnet_xs as layouts
-from cnxs_jax.convert import controlnet_xs_fused as fused
 from cnxs_jax.convert import families, files, rules
 from cnxs_jax.errors import CheckpointError, ConfigError
-from cnxs_jax.pipelines import load
+from cnxs_jax.pipelines import load, save_xs
 from tests.control.unets import BASE, HINT_WIDTHS
 
 # (name in the original layout, in the older one, ours) of SD 2.1's adapter, from its files.
@@ -104,35 +106,6 @@ def test_research_round_trip_and_its_spare_time_embedding():
         assert layouts.unused(spare | tensors, table) == ([] if learn else list(spare))
 
 
-def test_fused_is_split_and_joined():
-    module = tiny()
-    base, own = numbered(BASE), numbered(module)
-    parts = {"unet": rules.to_tensors(base), "controlnet": rules.to_tensors(own)}
-    joined = fused.join(parts["unet"], parts["controlnet"])
-    assert len(joined) == len(parts["unet"]) + len(parts["controlnet"])
-    assert fused.is_fused(joined)
-    again = fused.split(joined)
-    for name, tensors in parts.items():
-        assert again[name].keys() == tensors.keys()
-        assert all(again[name][key] is tensors[key] for key in tensors)
-    with pytest.raises(CheckpointError, match=r"(?s)neither base nor controller.*ctrl_conv_on"):
-        fused.split({**joined, "ctrl_conv_on.weight": np.zeros(1)})
-
-
-def test_fused_config_is_split_and_joined():
-    base, adapter = families.config_of(BASE), families.config_of(tiny())
-    for problem, words in (("layers_per_block = 1", "layers_per_block"), ("type", "control_type")):
-        changed = {**adapter, "control_type": "A"} if problem == "type" else adapter
-        with pytest.raises(ConfigError, match=words):
-            fused.join_config(base, changed)
-    config = fused.join_config({**base, "layers_per_block": 2}, adapter)
-    parts = fused.split_config(config)
-    kept = {k: v for k, v in adapter.items() if k in parts["controlnet"]}
-    assert parts["controlnet"] == kept
-    assert parts["unet"]["attention_head_dim"] == base["attention_head_dim"]
-    assert parts["unet"]["block_out_channels"] == base["block_out_channels"]
-
-
 def test_a_file_is_opened_by_its_names(tmp_path):
     """Original names with a config; unused tensors are told, others refused."""
     module = tiny()
@@ -163,7 +136,7 @@ def test_saved_as_official_and_opened(tmp_path):
 def test_directories_of_the_command_line(tmp_path):
     """Adapter and base to one fused model and back; to the older class and back."""
     two = BASE.clone(layers_per_block=2, use_linear_projection=True)
-    fields = {"num_attention_heads": 2, "learn_time_embedding": True}
+    fields = {"num_attention_heads": 2, "learn_time_embedding": True, "max_norm_num_groups": 32}
     module = controlnet_xs.from_unet(two, block_out_channels=(4, 8), **fields)
     base, own = numbered(two), numbered(module)
     load.save_model(two, base, tmp_path / "base")
@@ -174,7 +147,7 @@ def test_directories_of_the_command_line(tmp_path):
     for place, expected, numbers in (
         ((paths[0], "unet"), two, base),
         ((paths[0], "controlnet"), module, own),
-        ((paths[1],), module.clone(max_norm_num_groups=32), own),
+        ((paths[1],), module, own),
     ):
         opened, found = load.load_model(*place)
         assert opened == expected
@@ -225,6 +198,74 @@ def test_configs_of_the_older_class(name):
         assert sizes["down"] == list(zip([4, *down], down, strict=False))
         up = [2560, 2560, 1920, 1920, 1280, 960, 960, 640, 640]
         assert sizes["up"] == list(zip(up, [1280] * 3 + [640] * 3 + [320] * 3, strict=True))
+
+
+# {field: another value of it}; the older class keeps it, or has no place for it.
+KEPT = {
+    "conditioning_channels": 1,
+    "conditioning_channel_order": "bgr",
+    "conditioning_embedding_out_channels": (4, 6, 8),
+    "time_embedding_mix": 0.5,
+    "learn_time_embedding": False,
+    "num_attention_heads": (1, 2),
+    "block_out_channels": (6, 10),
+    "base_block_out_channels": (8, 24),
+    "cross_attention_dim": 20,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "sample_size": None,
+    "transformer_layers_per_block": (1, 2),
+    "upcast_attention": True,
+}
+REFUSED = {
+    "max_norm_num_groups": 4,
+    "use_linear_projection": False,
+    "control_type": "C",
+    "infusion": "add",
+    "attention_head_width": (3, 3),
+    "layers_per_block": (2, 1),
+    "in_channels": 9,
+}
+
+
+def older():
+    """An adapter that the older class can be."""
+    base = BASE.clone(layers_per_block=2, use_linear_projection=True)
+    fields = {"num_attention_heads": 2, "learn_time_embedding": True, "max_norm_num_groups": 32}
+    return controlnet_xs.from_unet(base, block_out_channels=(4, 8), **fields, **HINT_WIDTHS)
+
+
+def test_the_older_class_is_read_back_or_refused():
+    """For every field of the adapter."""
+    fields = {f.name for f in dataclasses.fields(ControlNetXS)} - set(families.RUNTIME)
+    assert fields == {*KEPT, *REFUSED}
+    for key, value in KEPT.items():
+        module = older().clone(**{key: value})
+        config = json.loads(json.dumps(layouts.to_research(module)))
+        back = layouts.of_research(config)
+        del back["_class_name"]
+        tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in back.items()}
+        assert ControlNetXS(**tuples) == module, key
+        widths = *module.block_out_channels, *module.base_block_out_channels
+        assert not any(width % config["norm_num_groups"] for width in widths)
+    for key, value in REFUSED.items():
+        with pytest.raises(ConfigError, match=f"cannot hold {key} = "):
+            layouts.to_research(older().clone(**{key: value}))
+
+
+def test_the_older_class_finds_its_own_time_embedding(tmp_path):
+    """It does not open a file without one, where the base's is shared, too."""
+    module = older().clone(learn_time_embedding=False)
+    params = numbered(module)
+    save_xs.save_research(module, params, tmp_path)
+    tensors = files.read_tensors(tmp_path / save_xs.FILE)
+    spare = {k: t.shape for k, t in tensors.items() if ".time_embedding." in k}
+    linear = {"1.weight": (32, 8), "1.bias": (32,), "2.weight": (32, 32), "2.bias": (32,)}
+    name = "control_model.time_embedding.linear_"
+    assert spare == {name + key: shape for key, shape in linear.items()}
+    with pytest.warns(UserWarning, match="4 tensors are not used"):
+        opened, found = load.load_model(tmp_path)
+    assert opened == module
+    assert_equal(jax.tree.map(np.asarray, found), params)
 
 
 def test_the_older_class_had_type_b_alone():

@@ -14,6 +14,7 @@ from cnxs_jax.control.controlnet_xs import ControlNetXS
 from cnxs_jax.convert import controlnet_xs as layouts
 from cnxs_jax.convert import families
 from cnxs_jax.convert import unet as unets
+from cnxs_jax.errors import ConfigError
 from cnxs_jax.models import clip, conv
 from cnxs_jax.models.dit import PixArt
 from cnxs_jax.models.t5 import T5Encoder
@@ -47,6 +48,21 @@ def test_pixart_xl_2(side, tera):
     assert counted(module, shape(1, side, side, 4), shape(1), cond) == pytest.approx(
         closed, rel=WITHIN
     )
+
+
+def test_the_side_of_a_unet_that_names_two():
+    adapter = ControlNetXS(**layouts.PUBLISHED["sd15_53m"])
+    square, wide, none = (
+        UNet(cross_attention_dim=768, sample_size=s) for s in ((64, 64), (48, 64), None)
+    )
+    assert closed_forms.unet(square) == closed_forms.unet(wide, side=64)
+    given = closed_forms_control.added(wide, adapter, side=64)
+    assert closed_forms_control.added(square, adapter) == given
+    for module in (wide, none):
+        with pytest.raises(ConfigError, match="for square latents"):
+            closed_forms.unet(module)
+        with pytest.raises(ConfigError, match="for square latents"):
+            closed_forms_control.added(module, adapter)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from cnxs_jax.errors import ConfigError
 from cnxs_jax.pipelines import load
 from cnxs_jax.pipelines.pipeline import save_pipeline
 from configs import controlnet_xs, pixart_control, pixart_lcm
-from eval import controlled, plan, recipe
+from eval import controlled, measures, plan, recipe
+from eval.metrics import features
 from tests.pipelines import tiny
 
 METRICS = ("control_edges", "control_masks")
@@ -61,6 +62,25 @@ def test_the_report_has_the_base_and_the_controller(trained, tmp_path):
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("eval_rows/**/*.png")}
     controlled.main(config, workdir, out=tmp_path, **GIVEN)  # nothing is drawn again
     assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_what_needs_a_package_is_not_run_at_the_end_of_a_run(trained, tmp_path, monkeypatch):
+    """A run must not fail after its training; who asks for a metric by name is told at once."""
+    monkeypatch.setattr(features, "weights_path", lambda: None)
+    config, workdir = trained
+    given = GIVEN | {"metrics": ("control_masks", "kid"), "out": tmp_path}
+    with pytest.raises(ConfigError, match="'kid' needs EfficientNet"):
+        controlled.main(config, workdir, **given)
+    controlled.main(config, workdir, alone=True, **given)
+    rows = json.loads((tmp_path / "report.json").read_text())["rows"]
+    assert all("not run" in row["kid_efflite0"] for row in rows)
+
+
+def test_the_recipes_report_depth_and_kid():
+    """What `python -m eval` measures of a controller unless told, but for what has no truth."""
+    for config in (controlnet_xs.get_config(), pixart_control.get_config()):
+        assert set(config.report.metrics) == {*measures.CONTROL, "scene_accuracy", "kid"}
+        measures.check_needs(config.report.metrics, dict.fromkeys(measures.NEEDS, True))
 
 
 def test_another_hint_and_missing_controllers_are_refused(trained, tmp_path):

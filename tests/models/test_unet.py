@@ -193,6 +193,8 @@ def test_bfloat16_is_close_and_returns_float32(params):
         (dict(down_block_types=("DownBlock2D",)), "down_block_types"),
         (dict(up_block_types=("UpBlock2D", "AttnUpBlock2D")), "AttnUpBlock2D"),
         (dict(mid_block_type="UNetMidBlock2D"), "mid_block_type"),
+        (dict(sample_size=(8,)), r"sample_size = \(8,\), expected a number of latents or"),
+        (dict(sample_size=(8, 0)), r"sample_size = \(8, 0\)"),
         (dict(norm_num_groups=3), "not divisible by 3 groups"),
         (dict(attention_head_dim=(2, 3)), "3 heads"),
         (dict(transformer_layers_per_block=(1, 2, 3)), "transformer_layers_per_block"),

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from cnxs_jax import control, tree
+from cnxs_jax import control, load_pipeline, save_pipeline, tree
 from cnxs_jax.convert import families, rules, unet
 from cnxs_jax.pipelines import load
 from tests.parity import xs_models
 from tests.parity.helpers import convert, nhwc, perturb, relative_error
+from tests.parity.test_sd_pipeline import _theirs
 
 pytestmark = pytest.mark.parity
 
@@ -98,3 +99,25 @@ def test_published_sizes_have_diffusers_tensors(name):
         for path, leaf in tree.flatten(target).items()
     }
     assert ours == expected
+
+
+def test_directories_of_several_from_either_side(tmp_path):
+    """diffusers' pipelines of several ControlNets: `controlnet`, `controlnet_1`, in their order."""
+    base, _ = _theirs(tmp_path)
+    nets = [diffusers.ControlNetModel.from_unet(base.unet, **HINT) for _ in range(2)]
+    nets = [perturb(net, seed, 0.05) for seed, net in enumerate(nets, 2)]
+    parts = {k: v for k, v in base.components.items() if k != "image_encoder"}
+    kind = diffusers.StableDiffusionControlNetPipeline
+    kind(**parts, controlnet=nets, requires_safety_checker=False).save_pretrained(tmp_path / "all")
+    opened = load_pipeline(tmp_path / "all")
+    assert len(opened.controllers) == 2
+    for net, (_, params, _) in zip(nets, opened.controllers, strict=True):
+        expected = {key: value.numpy() for key, value in net.state_dict().items()}
+        tensors = rules.to_tensors(jax.tree.map(np.asarray, params))
+        assert tensors.keys() == expected.keys()
+        assert all(np.array_equal(tensors[key], expected[key]) for key in expected)
+    save_pipeline(opened, tmp_path / "back")
+    back = kind.from_pretrained(tmp_path / "back").controlnet
+    assert len(back.nets) == 2
+    for net, other in zip(nets, back.nets, strict=True):
+        assert all(torch.equal(v, other.state_dict()[k]) for k, v in net.state_dict().items())

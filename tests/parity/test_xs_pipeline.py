@@ -19,7 +19,7 @@ from diffusers import (
 from cnxs_jax import load_model, load_pipeline, save_pipeline
 from cnxs_jax.pipelines.control import Controller
 from tests.parity.helpers import perturb
-from tests.parity.test_sd_pipeline import _theirs
+from tests.parity.test_sd_pipeline import SCHEDULERS, _same_step_noise, _theirs
 from tests.pipelines import tiny_sd
 
 pytestmark = pytest.mark.parity
@@ -107,6 +107,23 @@ def test_base_and_adapter(pipes, name):
         _agree(_drawn(ours, True, **some), found[-1])
     for i, one in enumerate(found):  # told apart by more than the tolerance
         assert all(np.abs(one - other).mean() > 1e-3 for other in found[:i])
+
+
+@pytest.mark.parametrize(
+    "name", ["dpmpp", *(pytest.param(n, marks=pytest.mark.slow) for n in ("euler", "lcm"))]
+)
+def test_other_solvers(pipes, name, monkeypatch):
+    """The controller acts on the first half of the rows: of each solver, those of diffusers."""
+    theirs, stored, adapter, _ = pipes("sd")
+    monkeypatch.setattr(theirs, "scheduler", SCHEDULERS[name].from_config(theirs.scheduler.config))
+    ours = load_pipeline(stored, Controller(*load_model(adapter), "diffusers"), scheduler=name)
+    assert ours.scheduler["_class_name"] == type(theirs.scheduler).__name__
+    found = []
+    for some in ({}, {"controlnet_conditioning_scale": 0.7, "control_guidance_end": 0.5}):
+        _same_step_noise(monkeypatch, NOISE.shape[1:])  # of LCM, anew for every picture
+        found.append(_drawn(theirs, False, **some))
+        _agree(_drawn(ours, True, **some), found[-1])
+    assert np.abs(found[0] - found[1]).mean() > 1e-3
 
 
 @pytest.mark.slow

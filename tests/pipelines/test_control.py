@@ -131,8 +131,6 @@ def test_several_controllers(plain, pipe):
     assert np.abs(late - _np(two, image=[PICTURE, other])).max() > 1e-3
     with pytest.raises(ConfigError, match="expected a list of 2"):
         _np(two)
-    with pytest.raises(ConfigError, match="save each"):
-        cnxs_jax.save_pipeline(two, "nowhere")
 
 
 BAD = [

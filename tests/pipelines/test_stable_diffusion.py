@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import cnxs_jax
+from cnxs_jax.control import controlnet_xs
 from cnxs_jax.errors import ConfigError
 from cnxs_jax.pipelines import base
 from tests.pipelines import tiny_sd
@@ -23,6 +24,22 @@ def pipe(tmp_path_factory):
 @pytest.fixture(scope="module")
 def xl(tmp_path_factory):
     return tiny_sd.pipeline(tmp_path_factory.mktemp("xl"), xl=True)
+
+
+def test_a_config_names_one_side_or_two_or_none(tmp_path):
+    """diffusers' `sample_size`: the size of pictures that a call names none for."""
+    wide = tiny_sd.pipeline(tmp_path, sample_size=(6, 10))
+    assert wide.sizes(None, None) == ((12, 20), (12, 20))
+    assert wide.sizes(None, 16)[0] == (12, 16)
+    cnxs_jax.save_pipeline(wide, tmp_path / "pipe")
+    opened = cnxs_jax.load_pipeline(tmp_path / "pipe")
+    assert opened.components["unet"].module.sample_size == (6, 10)
+    assert opened.sizes(16, None)[0] == (16, 20)
+    own = controlnet_xs.from_unet(wide.components["unet"].module, size_ratio=0.5)
+    assert own.sample_size == (6, 10)
+    with pytest.raises(ConfigError, match=r"names no sample_size(?s:.*)give both"):
+        tiny_sd.pipeline(tmp_path, sample_size=None).sizes(16, None)
+    assert tiny_sd.pipeline(tmp_path, sample_size=None).sizes(16, 24)[0] == (16, 24)
 
 
 def _np(pipe, prompt=PROMPT, **kwargs):

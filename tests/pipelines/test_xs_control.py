@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 
 import cnxs_jax
-from cnxs_jax.control import controlnet_xs
+from cnxs_jax.control import controlnet, controlnet_xs
 from cnxs_jax.convert import controlnet_xs as layouts
 from cnxs_jax.convert import files, rules
 from cnxs_jax.errors import CheckpointError, ConfigError
 from cnxs_jax.pipelines import base
 from cnxs_jax.pipelines.control import Controller
 from cnxs_jax.pipelines.load import save_model
+from cnxs_jax.pipelines.stable_diffusion import StableDiffusionPipeline
 from tests.convert import crafted
 from tests.pipelines import tiny_sd
 from tests.pipelines.tiny import perturbed
@@ -87,6 +88,24 @@ def test_the_fused_controller_goes_before_the_copy_beside_it(pipe, stored, tmp_p
     files.write_safetensors(file, {name: np.zeros_like(t) for name, t in tensors.items()})
     opened = cnxs_jax.load_pipeline(tmp_path / "pipe")
     assert _equal(pipe.controllers[0].params, opened.controllers[0].params)
+
+
+def test_replacing_a_controller_keeps_whose_computation_it_follows(pipe, stored):
+    """Until a `Controller` names another; ControlNet has no choice."""
+    opened, own = cnxs_jax.load_pipeline(stored), pipe.controllers[0]
+    assert opened.replace(control=own[:2]).controllers[0].compat == "diffusers_pretrained"
+    changed = opened.replace(control=stored / "controlnet")
+    assert changed.controllers[0].compat == "diffusers_pretrained"
+    taken_off = opened.replace(control=[]).replace(scheduler="euler")
+    assert taken_off.replace(control=own[:2]).controllers[0].compat == "diffusers_pretrained"
+    named = taken_off.replace(control=Controller(*own[:2], "official"))
+    assert named.replace(control=own[:2]).controllers[0].compat == "official"
+    base = opened.components["unet"]
+    copy = controlnet.from_unet(base.module)
+    copy = copy, controlnet.copied_params(copy, base.params, jax.random.key(0))
+    assert opened.replace(control=copy).controllers[0].compat == "official"
+    plain = StableDiffusionPipeline(opened.components, opened.tokenizer, opened.scheduler)
+    assert plain.replace(control=own[:2]).controllers[0].compat == "official"
 
 
 @pytest.mark.slow

@@ -241,18 +241,6 @@ def test_hints_are_pictures_in_the_range_of_bytes(name, tmp_path):
         np.testing.assert_array_equal(example["hint"][..., 1], 85 * example["depth"])
 
 
-def test_cannys_thresholds_differ_between_examples():
-    """Of one picture under many numbers: other thresholds leave other squares of it."""
-    picture = np.zeros((8, 64, 3), np.uint8)
-    for i in range(8):  # gradients of 204 to 330 at corners: there the upper threshold is drawn
-        picture[2:6, 8 * i + 2 : 8 * i + 6] = 34 + 3 * i
-    source = inputs.Hinted([{"image": picture}] * 8, "canny", 0)
-    found = {source[i]["hint"].tobytes() for i in range(8)}
-    assert len(found) > 2
-    again = inputs.Hinted([{"image": picture}] * 8, "canny", 1)
-    assert {again[i]["hint"].tobytes() for i in range(8)} != found
-
-
 # --- configs ----------------------------------------------------------------------------------
 
 
@@ -324,6 +312,17 @@ def test_a_base_whose_parts_do_not_fit_is_named(part, change, message, tmp_path)
     config[part].update(change)
     validate.check(config)
     with pytest.raises(ConfigError, match=message):
+        loop.build_task(config)
+
+
+def test_a_base_may_name_both_sides_of_its_latents(tmp_path):
+    """Pictures of training are square, as the networks must be."""
+    config = loop.expand(configs.sd.get_config("smoke"), tmp_path)
+    with config.ignore_type():
+        config.unet.sample_size = (8, 8)
+        loop.build_task(config)
+        config.unet.sample_size = (8, 4)
+    with pytest.raises(ConfigError, match=r"sample_size \(8, 4\), 32 px give latents of 8"):
         loop.build_task(config)
 
 
