@@ -8,25 +8,18 @@ Inception is called "fid".
 import dataclasses
 import functools
 
-import numpy as np
-
-from cnxs_jax.control import hints
-from cnxs_jax.errors import ConfigError, DataError, did_you_mean
-from eval import networks
+from cnxs_jax.errors import ConfigError, did_you_mean
+from eval import map_measures, networks
 from eval.metrics import (
     agreement,
     bootstrap,
     clip_features,
-    depth,
-    edges,
     features,
     fid,
-    masks,
     mmd,
     prdc,
     retrieval,
     scene_accuracy,
-    scene_maps,
 )
 from eval.metrics import images as quality
 from eval.metrics import kid as kernel_distance
@@ -42,7 +35,6 @@ NEEDS = {
     "maps": "two folders of maps with the same file names: --images A --reference B",
 }
 SELECTED = "the network of --features"  # in `Metric.networks`
-EDGE_TOLERANCE = 1.0  # px
 RETRIEVAL_POOL = 100  # texts a picture, its own included (Xu et al. 2018)
 
 
@@ -200,82 +192,6 @@ def paired(column, distance):
     return figures
 
 
-def edge_maps(sample, pair, real, tools):
-    drawn, asked = _maps(sample) > 127, _maps(pair) > 127
-    both = drawn.any((1, 2)) & asked.any((1, 2))  # without an edge there is no distance
-    found = edges.figures(drawn, asked, EDGE_TOLERANCE)
-    if both.any():
-        found["hausdorff_px"] = bootstrap.mean(edges.hausdorff(drawn[both], asked[both]))
-    return found
-
-
-def soft_edge_maps(sample, pair, real, tools):
-    distance = edges.soft_edge_distance(_maps(sample) / 255.0, _maps(pair) / 255.0)
-    return {"soft_edge_distance": bootstrap.mean(distance)}
-
-
-def depth_maps(sample, pair, real, tools):
-    drawn, asked = _maps(sample) / 255.0, _maps(pair) / 255.0
-    error = depth.depth_error(drawn, asked)
-    aligned = depth.depth_error(drawn, asked, align="scale_shift")
-    order = depth.order_accuracy(drawn, asked)
-    found = {"depth_mse": bootstrap.mean(error["mse"]), "depth_mae": bootstrap.mean(error["mae"])}
-    found["depth_rmse_aligned"] = bootstrap.mean(aligned["rmse"])
-    if np.isfinite(order).any():
-        found["depth_order"] = bootstrap.mean(order[np.isfinite(order)])
-    return found
-
-
-def mask_maps(sample, pair, real, tools):
-    return {"mask_iou": bootstrap.mean(masks.mask_iou(_maps(sample) > 127, _maps(pair) > 127))}
-
-
-def control_edges(sample, pair, real, tools):
-    """One detector on what was drawn and on the scenes that the control pictures were made of."""
-    drawn, asked = (scene_maps.edges(i) for i in (sample.images, sample.prompts.images))
-    return {f"control_{k}": v for k, v in edges.figures(drawn, asked, EDGE_TOLERANCE).items()}
-
-
-def control_masks(sample, pair, real, tools):
-    """What is drawn that is no background, against all objects' exact masks."""
-    drawn, asked = scene_maps.foreground(sample.images), sample.prompts.truth["foreground"]
-    return {"control_mask_iou": bootstrap.mean(masks.mask_iou(drawn, asked))}
-
-
-def control_depth(sample, pair, real, tools):
-    """Ranks of the fitted sprites against the exact ones, in parts of the nearest rank."""
-    asked = sample.prompts.truth["depth"].astype(np.float64)
-    drawn = tools.depth_reader()(sample.images, asked)
-    error = depth.depth_error(drawn / hints.NEAREST, asked / hints.NEAREST)
-    order = depth.order_accuracy(drawn, asked)
-    found = {f"control_depth_{k}": bootstrap.mean(error[k]) for k in ("mse", "mae")}
-    if np.isfinite(order).any():
-        found["control_depth_order"] = bootstrap.mean(order[np.isfinite(order)])
-    return found
-
-
-def control_hed(sample, pair, real, tools):
-    """HED's soft edges of what was drawn, against those of the scenes that were asked for."""
-    distance = tools.hed_distance(sample.images, sample.prompts.images)
-    return {"control_hed_distance": bootstrap.mean(distance)}
-
-
-def _maps(sample):
-    """Grey values `[N, H, W]` of pictures of maps.
-
-    Raises DataError for coloured pictures: what they would be compared by is no map.
-    """
-    images = sample.images
-    if np.any(images != images[..., :1]):
-        number = int(np.argmax((images != images[..., :1]).any((1, 2, 3))))
-        raise DataError(
-            f"picture {number} is coloured, a map is grey",
-            "--metrics=edges,soft_edges,depth,masks",
-            "give folders of maps; edges of photographs are compared by --metrics=hed",
-        )
-    return images[..., 0].astype(np.float64)
-
-
 MISSING = f"not run ({features.INSTALL})"
 KID = on_features("kid", kernel_distance.kid)
 METRICS = {
@@ -293,14 +209,14 @@ METRICS = {
     "ssim": Metric(paired("ssim", lambda tools: quality.ssim), ("pairs",)),
     "psnr": Metric(paired("psnr", lambda tools: quality.psnr), ("pairs",)),
     "hed": Metric(paired("hed_distance", lambda tools: tools.hed_distance), ("pairs",), ("hed",)),
-    "edges": Metric(edge_maps, ("maps",)),
-    "soft_edges": Metric(soft_edge_maps, ("maps",)),
-    "depth": Metric(depth_maps, ("maps",)),
-    "masks": Metric(mask_maps, ("maps",)),
-    "control_edges": Metric(control_edges, ("truth",)),
-    "control_masks": Metric(control_masks, ("truth",)),
-    "control_depth": Metric(control_depth, ("truth",)),
-    "control_hed": Metric(control_hed, ("truth",), ("hed",)),
+    "edges": Metric(map_measures.edge_maps, ("maps",)),
+    "soft_edges": Metric(map_measures.soft_edge_maps, ("maps",)),
+    "depth": Metric(map_measures.depth_maps, ("maps",)),
+    "masks": Metric(map_measures.mask_maps, ("maps",)),
+    "control_edges": Metric(map_measures.control_edges, ("truth",)),
+    "control_masks": Metric(map_measures.control_masks, ("truth",)),
+    "control_depth": Metric(map_measures.control_depth, ("truth",)),
+    "control_hed": Metric(map_measures.control_hed, ("truth",), ("hed",)),
 }
 CONTROL = ("control_edges", "control_masks", "control_depth")
 USUAL = ("scene_accuracy", "kid", "agreement")
