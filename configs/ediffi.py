@@ -184,7 +184,11 @@ def tiny_base(steps, batch_size):
 
 
 def branch(config, tree, expert):
-    """A stage that starts as the shared model and trains one expert of `tree`."""
+    """A stage that starts as the shared model and trains one expert of `tree`.
+
+    With a seed of its own: it would draw its parent's pictures and noises again.
+    """
+    config.seed = 1 + (expert or 0)
     config.parent = "{workdir}/shared"
     config.tree = tree
     config.expert = expert

@@ -3,7 +3,7 @@ r"""A tiny CLIP on emoji scenes: the CLIP conditions of `configs/ediffi.py` in t
 The contrastive loss of arXiv 2103.00020 (figure 3; learned temperature, at most 100); both encoders
 start from nothing. What differs from the paper, and why: 64 px scenes and captions of at most 24
 tokens of the embedded tokenizer; batch 64 instead of 32,768, so pairs with equal captions are left
-out of each other's mismatches.
+out of each other's mismatches; kernels start as Xavier's.
 
   :tiny   1.3 M parameters (the default)
   :smoke  three steps of smaller encoders, to test the plumbing

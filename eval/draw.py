@@ -10,6 +10,7 @@ import numpy as np
 
 from cnxs_jax.errors import CheckpointError, ConfigError
 from cnxs_jax.pipelines.images import to_uint8
+from cnxs_jax.pipelines.scheduler import read_json
 from cnxs_jax.storage import replacing
 
 NOTE = "cnxs_jax"  # the PNG text that says what a picture was made with
@@ -182,14 +183,19 @@ def _short(value):
 
 
 def identity(directory):
-    """Hash of a pipeline directory: every file's name and content."""
+    """Hash of a pipeline directory: every file's name and content, neighbouring encoders' too."""
     if not (Path(directory) / "model_index.json").is_file():
         raise CheckpointError(
             "no pipeline there (no model_index.json)",
             directory,
             "give a diffusers pipeline directory, or --workdir of a finished training run",
         )
-    return digest_of(directory)
+    digest = digest_of(directory)
+    beside = read_json(Path(directory) / "model_index.json").get("encoders_beside") or {}
+    for name in sorted(set(beside.values())) if isinstance(beside, dict) else ():
+        place = Path(directory).absolute().parent / str(name)
+        digest += digest_of(place) if place.is_dir() else ""
+    return hashlib.sha256(digest.encode()).hexdigest() if beside else digest
 
 
 def digest_of(directory):

@@ -13,7 +13,7 @@ EDGE_TOLERANCE = 1.0  # px
 
 
 def edge_maps(sample, pair, real, tools):
-    drawn, asked = _maps(sample) > 127, _maps(pair) > 127
+    drawn, asked = _maps(sample) > 127, _maps(pair, "--reference") > 127
     both = drawn.any((1, 2)) & asked.any((1, 2))  # without an edge there is no distance
     found = edges.figures(drawn, asked, EDGE_TOLERANCE)
     if both.any():
@@ -22,12 +22,12 @@ def edge_maps(sample, pair, real, tools):
 
 
 def soft_edge_maps(sample, pair, real, tools):
-    distance = edges.soft_edge_distance(_maps(sample) / 255.0, _maps(pair) / 255.0)
+    distance = edges.soft_edge_distance(_maps(sample) / 255.0, _maps(pair, "--reference") / 255.0)
     return {"soft_edge_distance": bootstrap.mean(distance)}
 
 
 def depth_maps(sample, pair, real, tools):
-    drawn, asked = _maps(sample) / 255.0, _maps(pair) / 255.0
+    drawn, asked = _maps(sample) / 255.0, _maps(pair, "--reference") / 255.0
     error = depth.depth_error(drawn, asked)
     aligned = depth.depth_error(drawn, asked, align="scale_shift")
     order = depth.order_accuracy(drawn, asked)
@@ -39,7 +39,11 @@ def depth_maps(sample, pair, real, tools):
 
 
 def mask_maps(sample, pair, real, tools):
-    return {"mask_iou": bootstrap.mean(masks.mask_iou(_maps(sample) > 127, _maps(pair) > 127))}
+    return {
+        "mask_iou": bootstrap.mean(
+            masks.mask_iou(_maps(sample) > 127, _maps(pair, "--reference") > 127)
+        )
+    }
 
 
 def control_edges(sample, pair, real, tools):
@@ -72,7 +76,7 @@ def control_hed(sample, pair, real, tools):
     return {"control_hed_distance": bootstrap.mean(distance)}
 
 
-def _maps(sample):
+def _maps(sample, where="--images"):
     """Grey values `[N, H, W]` of pictures of maps.
 
     Raises DataError for coloured pictures: what they would be compared by is no map.
@@ -82,7 +86,7 @@ def _maps(sample):
         number = int(np.argmax((images != images[..., :1]).any((1, 2, 3))))
         raise DataError(
             f"picture {number} is coloured, a map is grey",
-            "--metrics=edges,soft_edges,depth,masks",
+            where,
             "give folders of maps; edges of photographs are compared by --metrics=hed",
         )
     return images[..., 0].astype(np.float64)

@@ -15,6 +15,7 @@ from eval.metrics import (
     edges,
     features,
     inception,
+    inputs,
     lpips,
     scene_accuracy,
     scene_maps,
@@ -29,6 +30,7 @@ FILES = {
     "lpips": "LPIPS's linear heads: lpips/weights/v0.1/vgg.pth of the `lpips` package",
     "hed": f"HED: {hed_weights.INSTALL}",
 }
+HED_BATCH = 8
 FEATURES = ("efflite0", "inception", "clip")  # those that `--features` may name
 
 
@@ -99,8 +101,12 @@ class Tools:
 
     def hed_distance(self, images, others):
         """Mean absolute difference `[N]` of the soft edges of uint8 pictures `[N, H, W, 3]`."""
+        return edges.soft_edge_distance(self._hed(images), self._hed(others))
+
+    def _hed(self, images):
+        """Soft edges `[N, H, W]`, a few pictures at a time: the detector enlarges small ones."""
         path = self.weights.get("hed")
-        return edges.soft_edge_distance(hed.edges(images, path), hed.edges(others, path))
+        return inputs.in_batches(lambda x: hed.edges(x, path), HED_BATCH, images)
 
     def extractor(self, network):
         """(name in figures, images -> features `[N, d]`), or None without the packaged weights."""

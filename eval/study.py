@@ -3,8 +3,10 @@
 A study is a function that returns figures (tables under `TABLES`) and, perhaps, rows of pictures.
 """
 
+import hashlib
 import json
 
+from cnxs_jax.errors import ConfigError
 from cnxs_jax.storage import replacing, write_json, write_text
 from eval import report
 
@@ -25,12 +27,25 @@ def make(out, name, settings, function, again=False):
         print(f"{name}: made before, see {path}", flush=True)
         return
     found, shown = function()
-    write_json(path, report.plain({"settings": wanted} | found), sort_keys=False)
     if isinstance(shown, dict):
         shown = grid(shown["images"], shown["prompts"])
     if shown is not None:
         save(out / f"{name}.png", shown)
+    write_json(path, report.plain({"settings": wanted} | found), sort_keys=False)  # it ends a study
     print(f"{name}: {path}", flush=True)
+
+
+def check_seeds(words):
+    """`--seeds` as whole numbers; ConfigError for none, others, or one twice."""
+    if not words or not all(word.isdigit() for word in words) or len(set(words)) < len(words):
+        what = f"expected different whole numbers, got {','.join(words) or 'none'}"
+        raise ConfigError(what, "--seeds", "--seeds=0,1,2")
+    return [int(word) for word in words]
+
+
+def digest(texts):
+    """One hash of several texts."""
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
 
 def write(out, title, titles):
@@ -46,8 +61,16 @@ def write(out, title, titles):
             parts.append(f"![{heading}]({name}.png)")
         parts += [report.table(found[key]) for key in TABLES if found.get(key)]
         parts += found.get("notes", [])
+        parts.append(", ".join(f"{k}: {shortened(v)}" for k, v in found["settings"].items()))
     write_text(out / "report.md", "\n\n".join(parts) + "\n")
     return out / "report.md"
+
+
+def shortened(value):
+    """A setting as it is printed; digests by their first digits."""
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)
 
 
 def grid(images, prompts):

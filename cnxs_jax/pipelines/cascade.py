@@ -160,6 +160,9 @@ def read_encoders(directory, dtype=None, beside=None):
 
     Raises CheckpointError for one that is no neighbour, or has no such encoder.
     """
+    if beside is not None and (not isinstance(beside, dict) or set(beside) - set(FILES)):
+        what = f"encoders_beside is {beside!r}, expected names of directories for {list(FILES)}"
+        raise CheckpointError(what, str(directory))
     modules, params, tokenizers = {}, {}, {}
     for name, (folder, tokens) in FILES.items():
         place = neighbour(directory, name, beside[name]) if name in (beside or {}) else directory

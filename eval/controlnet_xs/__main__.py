@@ -19,7 +19,7 @@ from cnxs_jax.data import emoji_scenes
 from cnxs_jax.pipelines.control import read_controller
 from cnxs_jax.storage import fill
 from cnxs_jax.tree import size
-from eval import plan, study
+from eval import measures, plan, study
 from eval.controlnet_xs import arms, bias, connections
 from eval.draw import identity
 
@@ -37,7 +37,7 @@ OUT = flags.DEFINE_string("out", "runs/xs_studies", "Directory of the figures.")
 SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Training seeds.")
 TRAIN = flags.DEFINE_integer("steps", None, "Training steps, if not the recipe's.", lower_bound=1)
 NUMBER = flags.DEFINE_integer("number", 256, "Pictures a row.", lower_bound=8)
-REAL = flags.DEFINE_integer("num_real", 1000, "Real scenes that KID compares with.")
+REAL = flags.DEFINE_integer("num_real", 1000, "Real scenes for KID.", lower_bound=3)
 REDO = flags.DEFINE_bool("redo", False, "Make a study again.")
 
 
@@ -47,33 +47,37 @@ def place():
 
 
 def trained(arm):
-    """The `Controller` of an arm's first seed, trained if it is missing."""
-    seed = int(SEEDS.value[0])
-    arms.train(RUNS.value, [arm], [seed], place(), TRAIN.value)
-    path = arms.directory(RUNS.value, arm, seed) / "export" / "controlnet"
-    return read_controller(path, compat="official")
+    """The `Controller`s of an arm, one a seed, trained where they are missing."""
+    seeds = study.check_seeds(SEEDS.value)
+    arms.train(RUNS.value, [arm], seeds, BASE.value, TRAIN.value)
+    paths = [arms.directory(RUNS.value, arm, seed) / "export" / "controlnet" for seed in seeds]
+    return [read_controller(path, compat="official") for path in paths]
 
 
 def types():
     """The comparison of the types."""
+    seeds = study.check_seeds(SEEDS.value)
     return arms.study(
-        RUNS.value, list(TYPES), [int(s) for s in SEEDS.value], place(), NUMBER.value, REAL.value,
-        steps=TRAIN.value,
-    )  # fmt: skip
+        RUNS.value, list(TYPES), seeds, BASE.value, NUMBER.value, REAL.value, steps=TRAIN.value
+    )
 
 
 def which_connections():
-    """Type B with some connections cut."""
-    pipe = cnxs_jax.load_pipeline(place()).replace(control=trained("B"))
+    """Type B with some connections cut; the first training seed."""
+    pipe = cnxs_jax.load_pipeline(place()).replace(control=trained("B")[0])
     prompts = plan.prompts(emoji_scenes.world(), "test", NUMBER.value, hint="lines")
-    return connections.study(pipe, prompts)
+    found, shown = connections.study(pipe, prompts)
+    note = f"Intervals are of the pictures, of one controller: training seed {SEEDS.value[0]}."
+    return found | {"notes": [note]}, shown
 
 
 def biased():
     """Sizes of type B beside the original."""
-    found = {arm: trained(arm) for arm in BY_SIZE}
-    pairs = {arm: (one, size(one.params)) for arm, one in found.items()}
-    return bias.study(cnxs_jax.load_pipeline(place()), pairs, NUMBER.value)
+    found = {}
+    for arm in BY_SIZE:
+        for seed, one in zip(SEEDS.value, trained(arm), strict=True):
+            found[f"{arm}, seed {seed}"] = one, size(one.params)
+    return bias.study(cnxs_jax.load_pipeline(place()), found, NUMBER.value)
 
 
 FUNCTIONS = {"types": types, "connections": which_connections, "bias": biased}
@@ -87,10 +91,12 @@ def main(argv):
         if word not in TITLES:
             what = f"unknown {word!r}.{errors.did_you_mean(word, TITLES)}"
             raise errors.ConfigError(what, "--study", f"some of {', '.join(TITLES)}")
-    if not SEEDS.value or not all(seed.isdigit() for seed in SEEDS.value):
-        raise errors.ConfigError(f"not whole numbers: {SEEDS.value}", "--seeds", "0,1,2")
+    study.check_seeds(SEEDS.value)
+    measures.check_weights(("kid",), {}, "efflite0")  # before hours of training
     out, settings = Path(OUT.value), {"base": identity(place()), "number": NUMBER.value}
     settings |= {"seeds": SEEDS.value, "steps": TRAIN.value, "num_real": REAL.value}
+    recipes = [arms.config_of(arm, 0).to_json() for arm in arms.ARMS]
+    settings |= {"runs": RUNS.value, "recipes": study.digest(recipes)}
     for name in STUDY.value:
         study.make(out, name, settings, FUNCTIONS[name], REDO.value)
     print(study.write(out, "ControlNet-XS on the embedded world", TITLES))

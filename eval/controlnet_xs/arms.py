@@ -13,9 +13,11 @@ import jax
 import numpy as np
 
 from cnxs_jax import precision, sharding
+from cnxs_jax.errors import ConfigError
+from cnxs_jax.storage import fill, write_json
 from configs import controlnet_xs as recipe
 from eval import controlled
-from eval.metrics import bootstrap
+from eval.draw import identity
 from train import loop, validate
 
 SIZES = {"half": (4, 8, 12), "double": (16, 32, 48), "quadruple": (32, 64, 96)}
@@ -55,12 +57,27 @@ def directory(runs, arm, seed):
 
 
 def train(runs, arms, seeds, base_path=None, steps=None):
-    """Trains what is missing."""
+    """Trains what is missing.
+
+    Raises:
+        ConfigError: a run on a base of that name which was another one then.
+    """
     for seed in seeds:
         for arm in arms:
-            config = config_of(arm, seed, base_path)
+            config, root = config_of(arm, seed, base_path), directory(runs, arm, seed)
             config.steps = steps or config.steps
-            loop.main(config, directory(runs, arm, seed), resume=True)
+            check_base(fill(config.base_path, root), root)
+            loop.main(config, root, resume=True)
+
+
+def check_base(base, root):
+    """Notes which base the run in `root` has; a run goes on and is read on no other."""
+    path, own = root / "base.json", {"digest": identity(base)}
+    if path.is_file() and json.loads(path.read_text()) != own:
+        what = f"the run was trained on another base than what {base} is now"
+        raise ConfigError(what, str(root), "choose another --runs")
+    root.mkdir(parents=True, exist_ok=True)
+    write_json(path, own)
 
 
 def evaluated(runs, arm, seed, base_path, number, real):
@@ -69,13 +86,13 @@ def evaluated(runs, arm, seed, base_path, number, real):
     config = config_of(arm, seed, base_path)
     page = controlled.main(
         loop.expand(config, root), root, num_prompts=number, num_real=real, steps=STEPS,
-        guidance_scale=GUIDANCE, metrics=METRICS,
+        guidance_scale=GUIDANCE, metrics=METRICS, redraw=True,
     )  # fmt: skip
     rows = json.loads(Path(page).with_suffix(".json").read_text())["rows"]
     return {row["method"]: row for row in rows}
 
 
-def study(runs, arms, seeds, base_path, number, real=1000, repeats=5, steps=None):
+def study(runs, arms, seeds, base_path, number, real=1000, repeats=9, steps=None):
     """Trains, draws and times; rows: no control, the arms with each seed's figures, the ceiling."""
     train(runs, arms, seeds, base_path, steps)
     found = {(a, s): evaluated(runs, a, s, base_path, number, real) for a in arms for s in seeds}
@@ -147,22 +164,21 @@ class Timed:
         self.seconds.append(time.perf_counter() - start)
 
 
-def costs(arms, base_path=None, repeats=5):
+def costs(arms, base_path=None, repeats=9):
     """Rows: trained parameters, seconds of a train step (medians, by turns), planned memory."""
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     timed, rows = {}, []
     with jax.set_mesh(mesh):
         for arm in arms:
             config = config_of(arm, 0, base_path)
-            config.matmul_precision = None
             validate.check(config)
             root = Path("unused")
-            with precision.matmul(None):
+            with precision.matmul(config.matmul_precision):
                 fit = loop.Fit(config, loop.build_task(loop.expand(config, root)), mesh, root)
                 fit.state = fit.fresh()
                 timed[arm] = Timed(fit, fit.batch(0))
-        for _ in range(repeats + 1):
-            for one in timed.values():
+        with precision.matmul(config.matmul_precision):
+            for one in list(timed.values()) * (repeats + 1):
                 one.run()
         for arm, one in timed.items():
             args = one.fit.state, one.fit.frozen, one.batch, one.fit.key_step
@@ -178,11 +194,12 @@ def costs(arms, base_path=None, repeats=5):
 
 
 def relative(rows, timed):
-    """Rows with the step time over ControlNet's, pair by pair, where that is an arm."""
+    """Rows with the step time over ControlNet's: the median of the pairs, and their range."""
     if "ControlNet" not in timed:
         return rows
     base = np.array(timed["ControlNet"].seconds[1:])
     for row in rows:
         ratios = np.array(timed[row["controller"]].seconds[1:]) / base
-        row["step / ControlNet's"] = bootstrap.mean(ratios)
+        row["step / ControlNet's"] = float(np.median(ratios))
+        row["least and most"] = f"{ratios.min():.2f} to {ratios.max():.2f}"
     return rows

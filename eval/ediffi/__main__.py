@@ -53,8 +53,16 @@ REDO = flags.DEFINE_bool("redo", False, "Make a study again.")
 def settings(name):
     """What decides the figures of a study, JSON-able."""
     who = identity(CASCADE.value) if CASCADE.value else None
-    found = {"cascade": who, "number": NUMBER.value, "seed": SEED.value}
-    return found | ({"arms": ARMS.value, "seeds": SEEDS.value} if name == "experts" else {})
+    found = {"cascade": who, "number": NUMBER.value}
+    if name != "experts":
+        return found | {"seed": SEED.value}
+    recipes = [experts.config_of(arm, 0, CLIP.value).to_json() for arm in ARMS.value]
+    return found | {
+        "arms": ARMS.value,
+        "seeds": SEEDS.value,
+        "runs": RUNS.value,
+        "recipes": study.digest(recipes),
+    }
 
 
 def opened():
@@ -85,8 +93,7 @@ def check():
             if word not in known:
                 what = f"unknown {word!r}.{errors.did_you_mean(word, known)}"
                 raise errors.ConfigError(what, flag, f"some of {', '.join(known)}")
-    if not all(seed.isdigit() for seed in SEEDS.value):
-        raise errors.ConfigError(f"not whole numbers: {SEEDS.value}", "--seeds", "0,1,2")
+    study.check_seeds(SEEDS.value)
     if not CASCADE.value and STUDY.value != ["experts"]:
         raise errors.ConfigError("no cascade to study", "--cascade", "--cascade=RUN/export")
 

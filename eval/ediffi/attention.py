@@ -7,6 +7,7 @@ prompt up to a fraction of the steps, another one after it; what is found in the
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -159,13 +160,16 @@ def switching(pipe, number, seed, fractions=FRACTIONS):
     words = [[pair[i] for pair in pairs] for i in (0, 1)]
     first, second = ([with_article(word) for word in side] for side in words)
     steps = pipe.stages[0].sampler.steps
-    images = {f: switched(pipe, first, second, round(f * steps), seed) for f in fractions}
+    images = {
+        f: switched(pipe, first, second, math.ceil(f * steps - 1e-9), seed) for f in fractions
+    }
     kept, rows = images[max(fractions)].astype(np.float32), []
     for fraction, made in images.items():
         found = ask.seen(made)
         moved = np.abs(made - kept).mean((1, 2, 3))
         rows.append(
-            {"switched after": fraction, "change": bootstrap.mean(moved)}
+            {"switched after": math.ceil(fraction * steps - 1e-9) / steps,
+             "change, of 255": bootstrap.mean(moved)}
             | ask.shares(**{
                 name: [ask.best(f, w) is not None for f, w in zip(found, side, strict=True)]
                 for name, side in (("first prompt found", words[0]), ("second", words[1]))

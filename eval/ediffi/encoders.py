@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cnxs_jax.data import emoji_scenes
+from cnxs_jax.errors import ConfigError
 from cnxs_jax.models.conditioning import MASKS
 from cnxs_jax.pipelines.ediffi import EDiffIPipeline
 from eval import ask
@@ -56,6 +57,10 @@ def questions(kind, number, seed):
 
 def study(pipe, number, seed):
     """Rows: captions x encoders, with the figures of scene accuracy."""
+    if pipe.encoders.text is None or pipe.encoders.clip_text is None:
+        raise ConfigError(
+            "the cascade has not both T5 and CLIP", "--cascade", "train one with both"
+        )
     rows, read = [], scene_accuracy.load_checker()
     for kind in CAPTIONS:
         captions, facts = questions(kind, number, seed)

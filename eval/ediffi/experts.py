@@ -16,27 +16,33 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 
 import cnxs_jax
 from cnxs_jax.data import emoji_scenes
 from cnxs_jax.errors import ConfigError
 from configs import ediffi as recipe
-from eval import ask
+from eval import ask, measures, plan
 from eval import study as study_page
 from eval.metrics import features, kid, scene_accuracy
 from train import loop
 
 ARMS = {"ensemble": "tiny", "shared": "shared", "mixed": "mixed", "updates": "updates"}
 BASELINE = "shared"
+SEED_STEP = 100  # between the seeds of two runs; the stages of one use the numbers between
 
 
 def config_of(arm, seed, clip_path=None):
-    """The recipe of an arm with everything that is drawn from another seed."""
+    """The recipe of an arm with everything that is drawn from another seed.
+
+    A stage keeps its distance to its parent's seed. Held-out pictures are those of `data.seed`, the
+    same in every arm.
+    """
     config = recipe.get_config(ARMS[arm])
     for name in config.stages:
         stage = config[name]
-        stage.seed = stage.data.seed = seed
+        stage.seed += SEED_STEP * seed
         if clip_path:
             stage.clip_path = clip_path
     return config
@@ -58,7 +64,10 @@ def share_parent(runs, root, seed):
     for arm in ARMS:
         found = Path(runs) / f"{arm}_{seed}" / "shared"
         if (found / "export").is_dir():
-            shutil.copytree(found, root / "shared")
+            part = root / "shared.tmp"
+            shutil.rmtree(part, ignore_errors=True)
+            shutil.copytree(found, part)
+            part.replace(root / "shared")
             return
 
 
@@ -74,7 +83,8 @@ def losses(root):
 def compare(runs, arms, seeds):
     """Rows: one a noise interval and one of all, the ratios to the shared model's of each arm."""
     every = {(a, s): losses(Path(runs) / f"{a}_{s}") for a in arms for s in seeds}
-    bins, rows = every[arms[0], seeds[0]][0], []
+    first = "ensemble" if "ensemble" in arms else arms[0]
+    bins, rows = every[first, seeds[0]][0], []
     for i, one in enumerate(bins):
         line = {"quantiles": "{:.4g} to {:.4g}".format(*one["quantiles"]), "expert": one["expert"]}
         for arm in arms:
@@ -97,26 +107,20 @@ def spread(arm, ratios):
     return {arm: float(np.mean(ratios)), f"{arm}, each seed": ", ".join(f"{r:.3f}" for r in ratios)}
 
 
-def pictures(runs, arms, seeds, cascade, number, scale=None):
+def pictures(runs, arms, seeds, cascade, number):
     """Rows: scene accuracy and KID of every arm's base with the larger stages of `cascade`."""
-    read = scene_accuracy.load_checker()
-    made = [
-        emoji_scenes.make_scene(np.random.default_rng([7, n]), split="test", truth=False)
-        for n in range(number)
-    ]
-    real = [
-        emoji_scenes.make_scene(np.random.default_rng([8, n]), split="test", truth=False)["image"]
-        for n in range(2 * number)
-    ]
-    extract = features.extractor()
-    real, captions = extract(np.stack(real)), [scene["caption"] for scene in made]
+    world, read = emoji_scenes.world(), scene_accuracy.load_checker()
+    asked = plan.prompts(world, "test", number)
+    real, extract = plan.prompts(world, "test", 2 * number, seed=1).images, features.extractor()
+    real = extract(real)
     rows = []
     for arm in arms:
         for seed in seeds:
             own = cnxs_jax.load_pipeline(Path(runs) / f"{arm}_{seed}" / "export")
+            check_encoders(own, cascade)
             pipe = dataclasses.replace(own, stages=(own.stages[0], *cascade.stages[1:]))
-            images = ask.draw(pipe, captions, seed=0, guidance_scale=scale)
-            figures, _ = scene_accuracy.score(read, images, [scene["prompt"] for scene in made])
+            images = ask.draw(pipe, asked.captions)
+            figures, _ = scene_accuracy.score(read, images, asked.facts)
             wanted = ("objects", "style", "background", "relation", "all_correct")
             rows.append({"arm": arm, "seed": seed}
                         | {k: figures[k] for k in wanted if k in figures}
@@ -124,10 +128,23 @@ def pictures(runs, arms, seeds, cascade, number, scale=None):
     return rows
 
 
+def check_encoders(own, cascade):
+    """Raises ConfigError unless the larger stages read the conditions that they were trained on."""
+    first, second = (jax.tree.leaves(p.encoder_params) for p in (own, cascade))
+    if len(first) != len(second) or not all(map(np.array_equal, first, second)):
+        raise ConfigError(
+            "the arms and the cascade have different encoders",
+            "--cascade",
+            "train both on one T5 and one CLIP, or leave --cascade out to compare losses alone",
+        )
+
+
 def study(runs, arms, seeds, cascade, number, clip_path=None):
     """Trains, compares and draws."""
     if BASELINE not in arms:
         raise ConfigError(f"nothing to compare with: {arms}", "--arms", f"add {BASELINE}")
+    if cascade is not None:
+        measures.check_weights(("kid",), {}, "efflite0")  # before hours of training
     train(runs, arms, seeds, clip_path)
     rows = compare(runs, arms, seeds)
     drawn = pictures(runs, arms, seeds, cascade, number) if cascade is not None else []

@@ -10,6 +10,7 @@ from cnxs_jax.control.paint import RECOMMENDED_WEIGHT
 from cnxs_jax.data.scenes import with_article
 from eval import ask
 
+SWAPPED = f"{RECOMMENDED_WEIGHT}, masks swapped"
 WEIGHTS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)
 
 
@@ -36,29 +37,31 @@ def verdict(detections, things, size):
 
 
 def study(pipe, number, seed, weights=WEIGHTS):
-    """Rows of figures over the weight w', and those with the masks swapped; the last pictures."""
+    """Rows of figures over the weight w', the last with the masks swapped; the first pictures.
+
+    With swapped masks `placed` asks for the swapped places.
+    """
     size = pipe.sizes(None, None)[0][0]
     asked = questions(number, seed, size)
-    prompts = [a["prompt"] for a in asked]
     rows, shown = [], {}
-    for weight in (*weights, "swapped"):
-        swapped = weight == "swapped"
-        factor = (RECOMMENDED_WEIGHT if swapped else weight) / RECOMMENDED_WEIGHT
-        masks = [
-            {w: (m, factor) for w, m in zip(a["masks"], turned(a["masks"], swapped), strict=True)}
-            for a in asked
-        ]
-        images = ask.draw(pipe, prompts, seed, word_masks=masks)
-        found = ask.seen(images)
-        pairs = [verdict(f, a["things"], size) for f, a in zip(found, asked, strict=True)]
-        line = {"weight": f"{RECOMMENDED_WEIGHT}, masks swapped" if swapped else weight}
-        rows.append(line | ask.shares(present=[p for p, _ in pairs],
-                                          placed=[p for _, p in pairs]))  # fmt: skip
+    for weight in (*weights, SWAPPED):
+        line, images = painted(pipe, asked, weight, seed, size)
+        rows.append({"weight": weight} | line)
         shown[str(weight)] = images[:8]
-    return {"rows": rows}, {"prompts": prompts[:8], "images": shown}
+    return {"rows": rows}, {"prompts": [a["prompt"] for a in asked[:8]], "images": shown}
 
 
-def turned(masks, swapped):
-    """The masks in the order of the words, or the other way round."""
-    values = list(masks.values())
-    return values[::-1] if swapped else values
+def painted(pipe, asked, weight, seed, size):
+    """(figures, pictures) of one weight, or of the recommended one with the masks swapped."""
+    swapped = weight == SWAPPED
+    factor = 1.0 if swapped else weight / RECOMMENDED_WEIGHT
+    masks = []
+    for one in asked:
+        order = list(one["masks"].values())[:: -1 if swapped else 1]
+        masks.append({w: (m, factor) for w, m in zip(one["masks"], order, strict=True)})
+    images = ask.draw(pipe, [a["prompt"] for a in asked], seed, word_masks=masks)
+    things = [a["things"][:: -1 if swapped else 1] for a in asked]
+    found = zip(ask.seen(images), things, strict=True)
+    verdicts = [verdict(detections, pair, size) for detections, pair in found]
+    columns = zip(("present", "placed"), zip(*verdicts, strict=True), strict=True)
+    return ask.shares(**dict(columns)), images

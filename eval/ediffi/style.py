@@ -18,10 +18,13 @@ SCALES = (None, 1.0, 2.0, 4.0, 8.0)  # of the style alone; None: one scale for t
 def questions(number, seed):
     """`number` dicts: prompt, thing, the reference's picture, thing and style."""
     world, asked = emoji_scenes.world(), []
+    held = world.heldout_pairs()
     for n in range(number):
         rng = np.random.default_rng([seed, n])
         thing, other = ask.several(rng, 2)
         style = world.styles[n % len(world.styles)]
+        while (other, style) in held or other == thing:  # training has not shown these
+            (other,) = ask.several(rng, 1)
         spec = {"concepts": [other], "style": style, "named": ()}
         scene = emoji_scenes.make_scene(rng, spec, split="test", truth=False)
         asked.append({"prompt": with_article(thing), "thing": thing, "other": other,
@@ -36,9 +39,12 @@ def judge(images, asked):
     style = [t and t.style == a["style"] for t, a in zip(things, asked, strict=True)]
     moved = asked[1:] + asked[:1]
 
+    def judged(o, a):  # another picture's reference must show another thing
+        return o is a or o["other"] not in (a["thing"], a["other"])
+
     def shows(others):
         return [
-            ask.best(f, o["other"]) is not None if o["other"] != a["thing"] else None
+            ask.best(f, o["other"]) is not None if judged(o, a) else None
             for f, o, a in zip(found, others, asked, strict=True)
         ]
 

@@ -10,6 +10,7 @@ from cnxs_jax.errors import ConfigError
 from cnxs_jax.pipelines.control import Controller
 from eval import study
 from eval.controlnet_xs import arms, bias, connections
+from eval.draw import identity
 from tests.pipelines import tiny_sd
 from tests.pipelines.test_xs_control import adapter_on
 
@@ -105,3 +106,29 @@ def test_a_study_is_made_again_only_for_other_settings(tmp_path, capsys):
     assert "why" in text
     assert "Second" not in text
     assert (tmp_path / "one.png").stat().st_size > 1000
+
+
+def test_a_run_is_not_gone_on_with_on_another_base(tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "model_index.json").write_text("{}")
+    arms.check_base(tmp_path / "base", tmp_path / "run")
+    arms.check_base(tmp_path / "base", tmp_path / "run")
+    (tmp_path / "base" / "model_index.json").write_text('{"a": 1}')
+    with pytest.raises(ConfigError, match="another base"):
+        arms.check_base(tmp_path / "base", tmp_path / "run")
+
+
+@pytest.mark.parametrize("words", [[], ["a"], ["0", "0"], ["-1"]])
+def test_seeds_are_different_whole_numbers(words):
+    with pytest.raises(ConfigError, match="different whole numbers"):
+        study.check_seeds(words)
+    assert study.check_seeds(["0", "12"]) == [0, 12]
+
+
+def test_neighbouring_encoders_are_part_of_a_pipelines_identity(tmp_path):
+    for name in ("pipe", "words"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "pipe" / "model_index.json").write_text('{"encoders_beside": {"text": "words"}}')
+    before = identity(tmp_path / "pipe")
+    (tmp_path / "words" / "config.json").write_text("{}")
+    assert identity(tmp_path / "pipe") != before

@@ -1,5 +1,6 @@
 """The studies of eDiff-I: real scenes as what was drawn, and a cascade of random networks."""
 
+import dataclasses
 import json
 
 import jax
@@ -146,4 +147,33 @@ def test_arms_of_a_seed_share_their_parent(tmp_path):
     assert not (tmp_path / "ensemble_1").exists()
     first, second = (experts.config_of("ensemble", seed).to_dict() for seed in (0, 1))
     assert first["shared"] == experts.config_of("updates", 0).to_dict()["shared"]
-    assert second["low"]["seed"] == second["low"]["data"]["seed"] == 1 != first["low"]["seed"]
+    seeds = [[run[name]["seed"] for name in run["stages"]] for run in (first, second)]
+    assert len(set(seeds[0] + seeds[1])) == 8  # no stage draws what another one drew
+    longer = experts.config_of("shared", 0).longer
+    assert longer.seed != first["shared"]["seed"]
+    assert first["low"]["data"] == second["low"]["data"]  # the held-out pictures are the same
+
+
+def test_arms_with_other_encoders_than_the_cascade_are_refused(pipe):  # noqa: F811
+    experts.check_encoders(pipe, pipe)
+    moved = jax.tree.map(lambda leaf: leaf + 1e-3, pipe.encoder_params)
+    with pytest.raises(ConfigError, match="different encoders"):
+        experts.check_encoders(pipe, dataclasses.replace(pipe, encoder_params=moved))
+
+
+def test_swapped_masks_are_asked_for_the_swapped_places(monkeypatch):
+    """What is drawn follows the masks here, so that both rows are placed right."""
+
+    def follow(cascade, prompts, seed, word_masks):
+        pictures = []
+        for n, masks in enumerate(word_masks):
+            left = next(w for w, (mask, _) in masks.items() if mask[0, 0])
+            things = [left, next(w for w in masks if w != left)]
+            pictures.append(scene(n, concepts=things, relation="left of")["image"])
+        return np.stack(pictures)
+
+    monkeypatch.setattr(ask, "draw", follow)
+    asked = painting.questions(8, 0, 64)
+    for weight in (0.2, painting.SWAPPED):
+        line, _ = painting.painted(None, asked, weight, 0, 64)
+        assert line["placed"]["value"] >= 0.75, weight

@@ -128,6 +128,8 @@ def test_encoders_may_lie_in_neighbouring_directories(pipe, tmp_path):
     for name in ("../words", "/etc", "a/b", 3, ""):
         with pytest.raises(CheckpointError, match="no name of a neighbouring directory"):
             opened(clip_text=name)
+    with pytest.raises(CheckpointError, match="expected names of directories"):
+        opened(clip="words")  # no encoder's name
 
 
 def test_each_noise_level_runs_its_expert(base, plain):
