@@ -7,7 +7,7 @@ tree over the noise distribution; super-resolution stages follow.
 
   :tiny     the base at 16 px on emoji scenes: shared model, three experts (the default)
   :cascade  the same with super-resolution to 32 and 64 px
-  :shipped  the cascade of `cnxs_jax/assets/ediffi_tiny`: one base model, trained for longer
+  :shipped  the cascade with one base model, trained for longer, instead of experts
   :shared   :tiny without experts: one model on as many samples, to compare with
   :updates  :shared in smaller batches, for more updates than all experts make together
   :mixed    :shared on the noise levels that the experts' unequal shares amount to

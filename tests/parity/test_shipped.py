@@ -1,11 +1,16 @@
-"""The shipped model opened by PyTorch diffusers draws the same picture from the same noise."""
+"""The shipped models opened by PyTorch diffusers draw the same pictures from the same noise."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PixArtAlphaPipeline
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    PixArtAlphaPipeline,
+    StableDiffusionPipeline,
+)
 
 import cnxs_jax
 
@@ -46,5 +51,19 @@ def test_same_picture(ours, theirs, steps):
         clean_caption=False,
         output_type="np",
     ).images
+    assert a.std() > 0.05  # a picture and not a flat colour
+    assert np.abs(a - b).mean() <= 1 / 255
+
+
+def test_same_picture_of_stable_diffusion():
+    place = SHIPPED.parent / "sd_tiny"
+    pipe = cnxs_jax.load_pipeline(place)
+    other = StableDiffusionPipeline.from_pretrained(place, torch_dtype=torch.float32)
+    other.set_progress_bar_config(disable=True)
+    noise = np.random.default_rng(0).standard_normal((2, 16, 16, 8)).astype(np.float32)
+    how = {"num_inference_steps": 5, "guidance_scale": 3.0, "output_type": "np"}
+    a = pipe(PROMPTS, latents=noise, **how).images
+    given = torch.tensor(noise).permute(0, 3, 1, 2)
+    b = other(PROMPTS, latents=given, height=64, width=64, **how).images
     assert a.std() > 0.05  # a picture and not a flat colour
     assert np.abs(a - b).mean() <= 1 / 255
