@@ -43,6 +43,8 @@ input_hint_block.4.weight
     | controlnet_cond_embedding.blocks.1.weight | controlnet_cond_embedding/blocks_1/kernel
 """
 BASES = "base_block_out_channels"
+# Tensors of the published adapters, without the scales and what no layer reads.
+COUNTS = {"sd21_14m": 402, "sd15_53m": 398, "sdxl_20m": 882, "sdxl_48m": 886}
 KINDS = [("A", "cat", False), ("B", "cat", True), ("B", "add", False), ("C", "cat", True)]
 
 
@@ -78,6 +80,31 @@ def test_names_of_sd21():
         for row in NAMES.replace("\n   ", "").strip().splitlines():
             names = [name.strip() for name in row.split("|")]
             assert named[str(paths[names[2]])] == names[column]
+
+
+@pytest.mark.parametrize(("name", "count"), COUNTS.items())
+def test_layouts_of_the_published_sizes_are_bijections(name, count):
+    """There and back in all four, by names and shapes: a tensor holds one number, its place's."""
+    module = ControlNetXS(**layouts.PUBLISHED[name])
+    target = shapes_of(module)
+    places = {path: i for i, path in enumerate(tree.flatten(target))}
+    params = tree.map_with_path(
+        lambda path, leaf: np.broadcast_to(np.float32(places[path]), leaf.shape), target
+    )
+    named = rules.to_tensors(params)
+    joined = fused.join({}, named)
+    parts = fused.split(joined)
+    assert parts["unet"] == {}
+    for tensors, table in (
+        (named, layouts.DIFFUSERS),
+        (rules.to_tensors(params, layouts.official(module)), layouts.official(module)),
+        (rules.to_tensors(params, layouts.research(module)), layouts.research(module)),
+        (parts["controlnet"], layouts.DIFFUSERS),
+    ):
+        assert len(tensors) == count == len(joined)
+        plan = rules.fit(tensors, target, table)[0]  # which checks the shapes, and copies nothing
+        assert {path: array.flat[0] for path, _, _, array in plan} == places
+        assert len(plan) == count
 
 
 @pytest.mark.parametrize("kind", KINDS)

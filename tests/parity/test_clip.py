@@ -10,6 +10,8 @@ from safetensors.numpy import load_file, save_file
 from cnxs_jax import tree
 from cnxs_jax.convert import clip, families, rules
 from cnxs_jax.pipelines import load
+from tests import checks
+from tests.parity import full_size
 from tests.parity.helpers import nhwc, perturb, relative_error
 
 pytestmark = pytest.mark.parity
@@ -97,18 +99,25 @@ def make_image():
     return perturb(transformers.CLIPVisionModelWithProjection(config))
 
 
-def compare_text(model, module, params, mask=None):
+def text_errors(model, module, params, ids, mask=None):
+    """{output: relative error} of a text encoder."""
     with torch.no_grad(), jax.default_matmul_precision("highest"):
         theirs = model(
-            torch.tensor(IDS),
+            torch.tensor(ids),
             None if mask is None else torch.tensor(mask),
             output_hidden_states=True,
         )
-        ours = jax.jit(module.apply)({"params": params}, IDS, mask)
-    pooled = theirs["text_embeds" if "text_embeds" in theirs else "pooler_output"]
-    assert relative_error(ours["last"], theirs.last_hidden_state) <= 1e-5
-    assert relative_error(ours["penultimate"], theirs.hidden_states[-2]) <= 1e-5
-    assert relative_error(ours["pooled"], pooled) <= 1e-5
+        ours = jax.jit(module.apply)({"params": params}, ids, mask)
+    expected = {
+        "last": theirs.last_hidden_state,
+        "penultimate": theirs.hidden_states[-2],
+        "pooled": theirs["text_embeds" if "text_embeds" in theirs else "pooler_output"],
+    }
+    return {key: float(relative_error(ours[key], value)) for key, value in expected.items()}
+
+
+def compare_text(model, module, params, mask=None):
+    assert max(text_errors(model, module, params, IDS, mask).values()) <= 1e-5
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -186,3 +195,22 @@ def test_published_sizes_have_transformers_tensors(name):
         shape = leaf.shape[1:] if "encoder/layers" in path else leaf.shape
         ours |= {key: rules.to_torch_shape(path, shape) for key in keys}
     assert ours == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vit_l", "open_clip_h"])
+def test_text_encoders_of_published_sizes(tmp_path, name):
+    """SD 1.5's and SD 2.1's, weights drawn; a minute and 4 GB each."""
+    cls, config = PUBLISHED[name]
+    model = full_size.draw(cls(cls.config_class(**config)))
+    model.save_pretrained(tmp_path)
+    end, pad = 49407, 49407 if name == "vit_l" else 0
+    ids = np.random.default_rng(0).integers(1, 49406, (2, 77))
+    ids[:, 0] = 49406
+    for row, length in zip(ids, (9, 76), strict=True):
+        row[length:] = pad
+        row[length] = end
+    errors = text_errors(model, *load.load_model(tmp_path), ids)
+    print(f"{name}: {errors}")
+    checks.record(f"CLIP text encoder {name} against transformers", **errors)
+    assert max(errors.values()) <= 1e-5

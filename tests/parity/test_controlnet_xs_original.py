@@ -16,7 +16,8 @@ from cnxs_jax.convert import controlnet_xs as layouts
 from cnxs_jax.convert import families, rules, unet
 from cnxs_jax.models.layers import sinusoid
 from cnxs_jax.models.unet import UNet
-from tests.parity import original_xs
+from tests import checks
+from tests.parity import full_size, original_xs
 from tests.parity.helpers import nhwc, perturb, relative_error
 
 pytestmark = [
@@ -167,3 +168,46 @@ def test_names_and_shapes_of_the_published_sizes(name):
     empty = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), target)
     ours = {k: v.shape for k, v in layouts.official_tensors(module, empty).items()}
     assert ours == theirs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd15_53m", "sd21_14m"])
+def test_forward_and_gradients_of_the_published_sizes(name):
+    """At full width, weights drawn, the zero convolutions too; some minutes and 13 GB each."""
+    package, sizes, ratio, learn = original_xs.PUBLISHED[name]
+    with torch.device("meta"):
+        net, base = original_xs.make(package, ratio, learn, sizes=sizes)
+    # The base keeps its gradients: the original's checkpoints ask for them.
+    net, base = (
+        full_size.on_meta(lambda made=made: made, seed=i) for i, made in enumerate((net, base))
+    )
+    x, t, cond, _ = full_size.controlled_inputs(name, full_size.SIZE, 0.7)
+    out = original(net, base, x, t, cond, 0.7)
+    out.square().mean().backward()
+    expected = nhwc(out).copy()
+    grads = {k: p.grad.numpy() for k, p in net.named_parameters() if p.grad is not None}
+    config = unet.PUBLISHED[full_size.BASES[name]]
+    ldm = unet.ldm(UNet(**config))
+    ours = full_size.ours("UNet2DConditionModel", config, numbers(base.state_dict()), ldm)
+    config = layouts.PUBLISHED[name]
+    table = layouts.official(controlnet_xs.ControlNetXS(**config))
+    ours += full_size.ours("ControlNetXSAdapter", config, numbers(net.state_dict()), table)
+    module, params = control.attach(*ours, "official")
+    del net, base, out
+    full_size.free()
+
+    def loss(own, base):
+        out = module.apply({"params": {"base": base, "control": own}}, x, t, cond)
+        return jnp.square(out).mean(), out
+
+    with jax.default_matmul_precision("highest"):
+        run = jax.jit(jax.grad(loss, has_aux=True))
+        found, out = run(params["control"], params["base"])
+    error = relative_error(out, expected)
+    theirs = tree.flatten(rules.to_params(grads, params["control"], table))
+    worst, where = full_size.gradient_error(tree.flatten(found), theirs)
+    print(f"{name}: forward {error:.2e}, gradients {worst:.2e} ({where})")
+    figures = {"relative_error": error, "gradient_error": worst}
+    checks.record(f"ControlNet-XS {name} against the original code", **figures)
+    assert error <= 1e-5
+    assert worst <= 1e-4

@@ -13,6 +13,8 @@ from diffusers.loaders import single_file_utils
 from cnxs_jax import tree
 from cnxs_jax.convert import families, rules, unet
 from cnxs_jax.pipelines import load
+from tests import checks
+from tests.parity import full_size
 from tests.parity.helpers import convert, nhwc, perturb, relative_error
 
 pytestmark = pytest.mark.parity
@@ -184,3 +186,24 @@ def test_published_sizes_have_diffusers_tensors(name):
         for path, leaf in tree.flatten(target).items()
     }
     assert ours == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd15", "sd21"])
+def test_forward_of_published_sizes(name):
+    """Weights drawn; a minute or two and 8 GB each."""
+    config = unet.PUBLISHED[name]
+    x, t, cond, arguments = full_size.inputs(name, full_size.SIZE)
+    model = full_size.on_meta(lambda: diffusers.UNet2DConditionModel(**config))
+    with torch.no_grad():
+        expected = nhwc(model(**arguments).sample).copy()
+    tensors = full_size.arrays(model.state_dict())
+    module, params = full_size.ours("UNet2DConditionModel", config, tensors)
+    del model, tensors
+    full_size.free()
+    with jax.default_matmul_precision("highest"):
+        out = jax.jit(module.apply)({"params": params}, x, t, cond)
+    error = relative_error(out, expected)
+    print(f"{name}: {error:.2e}")
+    checks.record(f"UNet {name} against diffusers", relative_error=error)
+    assert error <= 1e-5

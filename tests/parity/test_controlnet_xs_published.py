@@ -1,0 +1,97 @@
+"""The published ControlNet-XS at full width against diffusers' fused model; all of it is slow.
+
+Weights are drawn, the zero convolutions too. Beside the original code: `_original`.
+"""
+
+import jax
+import jax.numpy as jnp
+import pytest
+import torch
+
+from cnxs_jax import control, tree
+from cnxs_jax.convert import controlnet_xs as layouts
+from cnxs_jax.convert import controlnet_xs_fused as fused_layout
+from cnxs_jax.convert import rules, unet
+from tests import checks
+from tests.parity import full_size, xs_models
+from tests.parity.helpers import nhwc, relative_error
+
+pytestmark = [pytest.mark.parity, pytest.mark.slow]
+
+SCALE = 0.8
+
+
+def networks_of(name, model):
+    """Base and adapter, module and parameters of each, from diffusers' `model`."""
+    parts = fused_layout.split(full_size.arrays(model.state_dict()))
+    config = unet.PUBLISHED[full_size.BASES[name]]
+    base = full_size.ours("UNet2DConditionModel", config, parts["unet"])
+    adapter = full_size.ours("ControlNetXSAdapter", layouts.PUBLISHED[name], parts["controlnet"])
+    return *base, *adapter
+
+
+@pytest.mark.parametrize("name", ["sd15_53m", "sd21_14m"])
+def test_forward_and_gradients_of_the_adapter(name):
+    """Some minutes and 12 GB each."""
+    x, t, cond, arguments = full_size.controlled_inputs(name, full_size.SIZE, SCALE)
+    model = full_size.on_meta(lambda: full_size.fused(name, "diffusers"))
+    model.freeze_unet_params()
+    out = model(**arguments).sample
+    out.square().mean().backward()
+    expected = nhwc(out).copy()
+    grads = {k: p.grad.numpy() for k, p in model.named_parameters() if p.grad is not None}
+    module, params = control.attach(*networks_of(name, model), "diffusers")
+    del model, out
+    full_size.free()
+
+    def loss(own, base):
+        out = module.apply({"params": {"base": base, "control": own}}, x, t, cond)
+        return jnp.square(out).mean(), out
+
+    with jax.default_matmul_precision("highest"):
+        run = jax.jit(jax.grad(loss, has_aux=True))
+        found, out = run(params["control"], params["base"])
+    error = relative_error(out, expected)
+    problems = rules.Problems("gradients")
+    named, unknown = rules.to_diffusers(grads, fused_layout.TABLES["controlnet"], problems)
+    assert not unknown
+    theirs = rules.to_params({k: g for k, (_, g) in named.items()}, params["control"])
+    worst, where = full_size.gradient_error(tree.flatten(found), tree.flatten(theirs))
+    print(f"{name}: forward {error:.2e}, gradients {worst:.2e} ({where})")
+    checks.record(
+        f"ControlNet-XS {name} against diffusers", relative_error=error, gradient_error=worst
+    )
+    assert error <= 1e-5
+    assert worst <= 1e-4
+
+
+@pytest.mark.parametrize("name", ["sdxl_20m", "sdxl_48m"])
+def test_forward_of_sdxl(name):
+    """Weights rounded to bfloat16 on both sides, float32 arithmetic; ten minutes and 12 GB.
+
+    "official" is diffusers' model with its norms corrected and the scale in its mix. Ours runs
+    without `jit`, under which all weights would be widened at once.
+    """
+    x, t, cond, arguments = full_size.controlled_inputs(name, full_size.XL_SIZE, SCALE)
+    model = full_size.on_meta(lambda: full_size.fused(name, "diffusers"), torch.bfloat16)
+    adapter, expected = layouts.PUBLISHED[name], {}
+    with torch.no_grad(), full_size.computed_in_float32(model):
+        expected["diffusers"] = nhwc(model(**arguments).sample).copy()
+        xs_models.correct_norms(model, adapter.get("max_norm_num_groups", 32))
+        model.register_to_config(time_embedding_mix=SCALE * model.config.time_embedding_mix)
+        expected["official"] = nhwc(model(**arguments).sample).copy()
+    networks = networks_of(name, model)
+    del model
+    full_size.free()
+    errors = {}
+    for compat, theirs in expected.items():
+        module, params = control.attach(*networks, compat)
+        assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(params))
+        with jax.default_matmul_precision("highest"):
+            found = module.apply({"params": params}, x, t, cond)
+        errors[f"relative_error, {compat}"] = relative_error(found, theirs)
+    apart = relative_error(expected["official"], expected["diffusers"])
+    print(f"{name}: {errors}; the two references are {apart:.1e} apart")
+    checks.record(f"ControlNet-XS {name} against diffusers", **errors)
+    assert max(errors.values()) <= 1e-5
+    assert apart > 2e-5
