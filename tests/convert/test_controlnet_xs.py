@@ -12,6 +12,7 @@ from cnxs_jax.control import controlnet_xs
 from cnxs_jax.control.controlnet_xs import ControlNetXS
 from cnxs_jax.convert import __main__ as command
 from cnxs_jax.convert import controlnet_xs as layouts
+from cnxs_jax.convert import controlnet_xs_fused as fused
 from cnxs_jax.convert import families, files, rules
 from cnxs_jax.errors import CheckpointError, ConfigError
 from cnxs_jax.pipelines import load, save_xs
