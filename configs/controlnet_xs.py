@@ -31,19 +31,16 @@ Where this recipe differs, and why:
 none of these but the hint embedding's widths.
 
 Run:
-  python -m train --config=configs/sd.py --workdir=runs/sd                   # the base of :tiny
-  python -m train --config=configs/controlnet_xs.py --workdir=runs/xs \
-      --config.base_path=runs/sd/export
+  python -m train --config=configs/controlnet_xs.py --workdir=runs/xs        # :tiny
   python -m train --config=configs/controlnet_xs.py --workdir=runs/cn \
-      --config.base_path=runs/sd/export --config.control.kind=controlnet     # the baseline
+      --config.control.kind=controlnet                                       # the baseline
   python -m train --config=configs/controlnet_xs.py:sd21 --workdir=runs/sd21 \
       --config.base_path=stable-diffusion-2-1-base --config.data.root=photos
   python -m train.plan --config=configs/controlnet_xs.py:sdxl --what=train --devices=8 \
       --config.base_path=stable-diffusion-xl-base-1.0
-The base is a diffusers directory; `--config.base_path` may be left out once it lies in
-`cnxs_jax/assets/sd_tiny`. The result, the adapter in diffusers' layout, is
-`runs/xs/export/controlnet`, for
-  cnxs_jax.load_pipeline("runs/sd/export", control="runs/xs/export/controlnet")
+The base is a diffusers directory; that of :tiny is `cnxs_jax/assets/sd_tiny`, which `configs/sd.py`
+made. The result, the adapter in diffusers' layout, is `runs/xs/export/controlnet`, for
+  cnxs_jax.load_pipeline("cnxs_jax/assets/sd_tiny", control="runs/xs/export/controlnet")
 """
 
 from ml_collections import ConfigDict, config_dict

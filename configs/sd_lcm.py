@@ -33,9 +33,7 @@ Where this recipe differs, and why:
   - :tiny predicts v (its teacher does) and learns at 3e-4 with clipping at 1.
 
 Run:
-  python -m train --config=configs/sd.py --workdir=runs/sd                   # the teacher of :tiny
-  python -m train --config=configs/sd_lcm.py --workdir=runs/sd_lcm \
-      --config.teacher_path=runs/sd/export
+  python -m train --config=configs/sd_lcm.py --workdir=runs/sd_lcm           # :tiny
   python -m train --config=configs/sd_lcm.py:sd15 --workdir=runs/lcm15 \
       --config.teacher_path=stable-diffusion-v1-5 --config.data.root=photos
   python -m train.plan --config=configs/sd_lcm.py:sdxl --what=train --devices=4

@@ -129,13 +129,11 @@ def test_what_ray_calls_is_there():
 # --- the same, executed ----------------------------------------------------------------------
 
 # What needs the network, a cluster or a published file of gigabytes.
-ELSEWHERE = (":xl_", "--study=experts", "hint=hed", "PixArt-XL-2-512x512.pth", "localhost:9876")
+ELSEWHERE = (":xl_", "hint=hed", "PixArt-XL-2-512x512.pth", "localhost:9876")
 PUBLISHED = re.compile(r":xl_\d+$")  # where the small model goes the same way
 SMALL = {  # smallest settings that still go through every part
     "eval": ["--num_prompts=4", "--num_real=8", "--steps=1", "--reference_steps=1"],
     "eval.metrics.scene_accuracy": ["--scenes=8"],
-    "eval.controlnet_xs": ["--seeds=0", "--steps=2", "--number=8", "--num_real=8"],
-    "eval.ediffi": ["--number=8"],
     "eval.benchmark": ["--size=tiny", "--repeats=1", "--steps=1"],
     "cnxs_jax.sample": ["--steps=2"],
     "train.cache": ["--shard=0/1"],
@@ -190,8 +188,7 @@ def run(command, cwd):
 @pytest.mark.parametrize("page", [
     "README.md", "docs/start.md", "docs/distil.md", "docs/controller.md", "docs/experts.md",
     "docs/memory.md", "docs/port.md", "docs/methods.md", "docs/notebooks.md",
-    "docs/results/benchmark.md", "docs/results/pixart_lcm.md", "docs/results/controlnet_xs.md",
-    "docs/results/ediff_i.md",
+    "docs/results/benchmark.md", "docs/results/pixart_lcm.md",
 ])  # fmt: skip
 def test_executed(page, checkout):
     """Trains, draws, converts and evaluates, page by page, as a reader would."""
