@@ -55,6 +55,7 @@ XL = SGM | dict(
     context_dim=2048,
     adm_in_channels=2816,
 )
+SD21_BASE = dict(num_head_channels=64)
 SD21 = dict(num_head_channels=8, use_linear_in_transformer=True, context_dim=1024)
 PUBLISHED = {
     "sd21_14m": ("ldm", SD | SD21, 0.0125, True),
@@ -85,8 +86,20 @@ def stub(name, **attributes):
         vars(sys.modules[name]).update(attributes)
 
 
-def make(package, ratio=0.25, learn=False, guiding="encoder_double", infusion="cat", sizes=None):
-    """(controller, base) with the module's own initialisation."""
+def make(
+    package,
+    ratio=0.25,
+    learn=False,
+    guiding="encoder_double",
+    infusion="cat",
+    sizes=None,
+    base=None,
+):
+    """(controller, base) with the module's own initialisation.
+
+    Args:
+        sizes: the module's arguments; those of Stable Diffusion's base may differ by `base`.
+    """
     two_stream, unets = load(package)
     sizes = sizes or (LDM if package == "ldm" else SGM)
     kind = dict(
@@ -100,7 +113,7 @@ def make(package, ratio=0.25, learn=False, guiding="encoder_double", infusion="c
     net = two_stream.TwoStreamControlNet(**sizes, **kind)
     if package == "sgm":
         return net, net.diffusion_model
-    return net, unets.UNetModel(**sizes)
+    return net, unets.UNetModel(**sizes | (base or {}))
 
 
 def published(name):
