@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from cnxs_jax.errors import CheckpointError, ConfigError
+from cnxs_jax.pipelines.cascade import neighbour
 from cnxs_jax.pipelines.images import to_uint8
 from cnxs_jax.pipelines.scheduler import read_json
 from cnxs_jax.storage import replacing
@@ -192,8 +193,8 @@ def identity(directory):
         )
     digest = digest_of(directory)
     beside = read_json(Path(directory) / "model_index.json").get("encoders_beside") or {}
-    for name in sorted(set(beside.values())) if isinstance(beside, dict) else ():
-        place = Path(directory).absolute().parent / str(name)
+    for encoder, name in sorted(beside.items()) if isinstance(beside, dict) else ():
+        place = neighbour(Path(directory), encoder, name)  # refuses what is no neighbour's name
         digest += digest_of(place) if place.is_dir() else ""
     return hashlib.sha256(digest.encode()).hexdigest() if beside else digest
 

@@ -7,7 +7,7 @@
       encoders    T5, CLIP or both, on short and long captions
   python -m eval.ediffi --study=experts --runs=runs/arms --seeds=0,1,2 \\
       --cascade=runs/cascade/export --out=runs/ediffi_studies
-      experts against one shared model; trains what is missing (about 40 minutes a seed on one core)
+      experts against one shared model; trains what is missing
 
 Writes OUT/<study>.json and OUT/<study>.png, and OUT/report.md of all that are there. A study that
 was made with the same settings is not made again.
@@ -79,7 +79,7 @@ def function(name):
     """`() -> (figures, shown)` of a study."""
     if name != "experts":
         return lambda: OF_A_CASCADE[name](opened(), NUMBER.value, SEED.value)
-    seeds = [int(s) for s in SEEDS.value]
+    seeds = study.check_seeds(SEEDS.value)
     return lambda: experts.study(RUNS.value, ARMS.value, seeds, opened(), NUMBER.value, CLIP.value)
 
 
