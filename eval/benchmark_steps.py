@@ -136,7 +136,6 @@ class TrainStep:
         def run():
             t, noise = draws[min(done[0], len(draws) - 1)]
             done[0] += 1
-            optimiser.zero_grad(set_to_none=True)
             with torch.autocast(torch_device(), torch.bfloat16, enabled=half):
                 value = loss(x, t, noise, cond)
             value.backward()
@@ -145,6 +144,7 @@ class TrainStep:
             with torch.no_grad():
                 for mean, new in zip(means, trained, strict=True):
                     mean.lerp_(new, 1 - EMA_DECAY)
+            optimiser.zero_grad(set_to_none=True)  # held, they would not count as the step's memory
             return [value.detach(), norm]
 
         return {self.name: run}
