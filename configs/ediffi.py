@@ -204,7 +204,7 @@ def super_resolution(low_res_size, size):
     It has blocks at the full resolution: an Efficient-UNet of this width, as `:paper` has it, puts
     the 24 numbers of a place at half the resolution through too few channels, and leaves noise.
     """
-    config = tiny_stage(steps=2000, batch_size=32 if size == 32 else 16)
+    config = tiny_stage(*((2000, 32) if size == 32 else (1500, 16)))
     config.size = size
     config.low_res_size = low_res_size
     config.crop = size // 2

@@ -20,7 +20,7 @@ from eval import controlled
 from eval.draw import identity
 from train import loop, validate
 
-SIZES = {"half": (4, 8, 12), "double": (16, 32, 48), "quadruple": (32, 64, 96)}
+SIZES = {"half": (12, 12, 16), "double": (48, 48, 64), "quadruple": (96, 96, 128)}
 ARMS = {
     "A": {"control_type": "A"},
     "B": {},
