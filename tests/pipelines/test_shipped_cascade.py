@@ -9,7 +9,7 @@ SHIPPED = Path(cnxs_jax.__file__).parent / "assets" / "ediffi_tiny"
 
 
 def test_the_shipped_cascade_draws_what_it_is_asked_for():
-    """The checker, which never saw the cascade, finds the things, and not those of other prompts."""
+    """The checker finds the things in their pictures, and not in those of other prompts."""
     words = ask.concepts()[::2]
     pictures = ask.draw(cnxs_jax.load_pipeline(SHIPPED), [f"a {word}" for word in words])
     assert pictures.shape == (len(words), 64, 64, 3)
