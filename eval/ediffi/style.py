@@ -64,8 +64,9 @@ def study(pipe, number, seed, scales=SCALES):
     rows, shown = [{"style scale": "no reference"} | judge(images, asked)], {"none": images[:8]}
     for scale in scales:
         images = ask.draw(pipe, prompts, seed, style_image=references, style_scale=scale)
-        rows.append({"style scale": "as the text's" if scale is None else scale}
+        label = "as the text's" if scale is None else scale
+        rows.append({"style scale": label}
                     | judge(images, asked))  # fmt: skip
-        shown[str(scale)] = images[:8]
+        shown[str(label)] = images[:8]
     shown = {"references": np.stack(references[:8]), **shown}
     return {"rows": rows}, {"prompts": prompts[:8], "images": shown}
