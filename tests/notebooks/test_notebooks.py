@@ -1,6 +1,7 @@
 """The notebooks: their form, and what they show when they are executed at the tiny size.
 
-`pytest -m slow tests/notebooks` runs all of them; the one without training runs in every suite.
+`pytest -m "" tests/notebooks` runs all of them; the one without training runs in every suite.
+Each has five minutes on two cores, compiled as for a reader who opens it for the first time.
 """
 
 import ast
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -23,6 +25,7 @@ from tests.checks import record
 ROOT = pathlib.Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 EXECUTE = pathlib.Path(__file__).with_name("execute.py")
+LIMIT = 300  # seconds
 TILE, GAP, STRIP = 192, 2, 14  # of a sheet: pictures of 64 px three times as large
 
 
@@ -31,17 +34,34 @@ def cells(path, kind):
     return ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == kind]
 
 
+def readers_environment():
+    """Without what `tests/conftest.py` sets to compile quickly, and nothing compiled before."""
+    kept = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    flags = kept.pop("XLA_FLAGS", "").split()
+    flags = [flag for flag in flags if "xla_backend_optimization_level" not in flag]
+    more = {"XLA_FLAGS": " ".join(flags), "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
+    return kept | more
+
+
 def execute(name, out, **values):
-    """What a reader would see: [{"text", "picture"}] a code cell."""
+    """What a reader would see: [{"text", "picture"}] a code cell; and the seconds it took."""
     start = time.monotonic()
     settings = [f"{key}={json.dumps(value)}" for key, value in values.items()]
-    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, EXECUTE, ROOT / "notebooks" / f"{name}.ipynb", out, *settings],
-        cwd=out.parent, env=environment, capture_output=True, text=True,
+        cwd=out.parent, env=readers_environment(), capture_output=True, text=True,
     )  # fmt: skip
+    seconds = time.monotonic() - start
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((out / "output.json").read_text()), time.monotonic() - start
+    assert seconds < LIMIT, f"{name} took {seconds:.0f} s"
+    return json.loads((out / "output.json").read_text()), seconds
+
+
+def note(name, seconds, **figures):
+    """Keeps what a run of a notebook found, and with which jax."""
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    figures = {"seconds": round(seconds), "python": python, "jax": jax.__version__, **figures}
+    record(f"notebook {name}", **figures)
 
 
 def tiles(out, cell, rows, cols, labelled):
@@ -120,7 +140,7 @@ def test_distil(tmp_path):
     # Few evaluations without guidance blur; the student's pictures are pictures of their own.
     assert after.std(axis=(3, 4)).min() > 0.01
     assert np.abs(after[2] - after[1]).mean() > 0.01
-    record("notebook distil, 6 steps", seconds=round(seconds))
+    note("distil, 6 steps", seconds)
 
 
 @pytest.mark.slow
@@ -151,11 +171,8 @@ def test_four_step_pictures(tmp_path):
         moved[name] = float(right[2].mean() - right[1].mean())  # "crab | frog" less "frog | crab"
     assert moved["frog"] > 0.03, moved
     assert moved["crab"] < -0.03, moved
-    record(
-        "notebook four_step_pictures, 2 distillation steps",
-        seconds=round(seconds),
-        **{f"{name}_moved_right": round(value, 3) for name, value in moved.items()},
-    )
+    figures = {f"{name}_moved_right": round(value, 3) for name, value in moved.items()}
+    note("four_step_pictures, 2 distillation steps", seconds, **figures)
 
 
 @pytest.fixture(scope="module")
@@ -217,5 +234,5 @@ def controller_of_a_folder(tmp_path, name, side, **values):
         assert abs(recall - float(printed)) < 1e-3
     assert row == 3
     assert np.abs(final[3] - final[2]).max() > 0  # a few steps have opened the zero layers
-    record(f"notebook own_controller, 4 steps, {name}", seconds=round(seconds))
+    note(f"own_controller, 4 steps, {name}", seconds)
     return text
