@@ -14,6 +14,7 @@ DOCUMENTS = (
 )
 EXAMPLES = ("docs/examples/xpk.sh", "docs/examples/train.slurm")
 JOBSET = "docs/examples/jobset.yaml"
+INLINE = r"([A-Z_]+=\S+ )*(python -m \S+|pip install|playwright|ssh|hf) \S"
 
 
 def fenced(path):
@@ -65,7 +66,7 @@ def inline(path):
     """Commands within the text of a page that are more than a name."""
     text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
     code = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", text)]
-    code = [c for c in code if re.match(r"(python -m \S+|pip install|playwright|ssh|hf) -?\S", c)]
+    code = [c for c in code if re.match(INLINE, c)]
     return [words for one in code for words in split(one) if "..." not in words]
 
 

@@ -77,8 +77,8 @@ def plan(words):
 
 
 def installed(words):
-    """What is in the checkout is only looked at, packages go to a folder beside the pages."""
-    return [*words, "--dry-run"] if "-e" in words else [*words, "--target=packages"]
+    """Into this environment nothing: resolved alone, or a package by itself into a folder."""
+    return [*words, "--target=packages" if "--no-deps" in words else "--dry-run"]
 
 
 def smallest(module, arguments):
@@ -93,7 +93,7 @@ def smallest(module, arguments):
         ]
         arguments = [a + ":smoke" if a.startswith("--config=") and ":" not in a else a
                      for a in arguments]  # fmt: skip
-        arguments = [a.replace("=/mnt/", "=") for a in arguments]
+        arguments = [a.replace("=/mnt/", "=mnt/") for a in arguments]
     if "--distributed" in arguments:  # one process in the place of a cluster
         alone = ["--coordinator=localhost:{port}", "--num_processes=1", "--process_id=0"]
         arguments = [a for a in arguments if a != "--distributed"] + alone

@@ -62,14 +62,14 @@ def checkout(tmp_path):
         name = f"{n}" if n else "cat"  # the one that the documents name
         write(tmp_path / "photos" / f"{name}.txt", f"a crab, picture {n}")
         Image.fromarray(pixels).save(tmp_path / "photos" / f"{name}.jpg")
-    for name in ("", "models/"):
-        (tmp_path / "models").mkdir(exist_ok=True)
+    for name in ("", "mnt/models/"):
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
         tiny = tmp_path / "cnxs_jax" / "assets" / "pixart_tiny"
-        (tmp_path / f"{name}PixArt-XL-2-512x512").symlink_to(tiny)
+        (tmp_path / name / "PixArt-XL-2-512x512").symlink_to(tiny)
     for name, text in RAY.items():
         write(tmp_path / "packages" / name, text)
     example = tmp_path / "docs" / "examples" / "ray_train.py"
-    example.write_text(example.read_text().replace("xl_512", "smoke").replace("/mnt/", ""))
+    example.write_text(example.read_text().replace("xl_512", "smoke").replace("/mnt/", "mnt/"))
     return tmp_path
 
 
