@@ -28,13 +28,14 @@ def ci(tmp_path):
     for name in ("bash", "sh", "dirname", "mktemp", "rm", "mkdir", "chmod"):
         (programs / name).symlink_to(shutil.which(name))
 
-    def run(versions, fails="nothing"):
+    def run(versions, fails="nothing", *arguments):
         for version in versions:
             (programs / f"python{version}").write_text(PYTHON)
             (programs / f"python{version}").chmod(0o755)
         env = {"PATH": str(programs), "HOME": str(tmp_path), "FAILS": fails}
         env |= {"TMPDIR": os.environ["TMPDIR"]} if "TMPDIR" in os.environ else {}
-        return subprocess.run([programs / "bash", RUN], env=env, capture_output=True, text=True)
+        command = [programs / "bash", RUN, *arguments]
+        return subprocess.run(command, env=env, capture_output=True, text=True)
 
     return run
 
@@ -53,3 +54,14 @@ def test_missing_interpreters_are_named_and_skipped(ci):
 def test_a_failure_fails(ci, fails):
     assert "called ruff format" in ci(["3.11"]).stdout
     assert ci(["3.11"], fails).returncode != 0
+
+
+def test_all_notebooks_on_the_oldest_and_the_newest_jax(ci):
+    done = ci(["3.11", "3.12", "3.13"], "nothing", "notebooks")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("== notebooks-") == 2
+    assert "constraints-colab.txt" in done.stdout.split("== notebooks-newest")[0]
+    calls = [line for line in done.stdout.splitlines() if "-m pytest" in line]
+    assert len(calls) == 2
+    assert all("tests/notebooks" in call and "(slow)or(not(slow))" in call for call in calls)
+    assert ci(["3.12"], "python -m pytest", "notebooks").returncode != 0

@@ -1,6 +1,8 @@
 """From a form to pictures: what models can do, and drawing with each of them. Needs no gradio."""
 
+import concurrent.futures
 import dataclasses
+import functools
 import time
 from typing import Any, NamedTuple
 
@@ -13,6 +15,7 @@ from cnxs_jax.errors import ConfigError
 ROLES = {1: ("model",), 2: ("teacher", "student")}  # by their number
 # Steps and size make a program each; so many are kept, or a page would fill the memory.
 MAX_PROGRAMS = 32
+TICK = 0.2  # seconds between two words about a picture that is being drawn
 
 
 class Model(NamedTuple):
@@ -35,10 +38,14 @@ class Drawn(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Studio:
-    """The models of a page. `programs` holds what was drawn before: it is compiled."""
+    """The models of a page.
+
+    `programs` holds what was drawn before and is compiled, with the seconds that the last picture
+    took, or None where that one waited for the compiler.
+    """
 
     models: tuple
-    programs: set = dataclasses.field(default_factory=set)
+    programs: dict = dataclasses.field(default_factory=dict)
 
     @property
     def teacher(self):
@@ -155,7 +162,9 @@ def draw(studio, form, tell=lambda share, text: None):
     """Yields a `Drawn` of each model in turn.
 
     Args:
-        tell: called with the share of the work that is done and with what comes next.
+        tell: called with the share of the work that is done and with what goes on. The loop over
+            the steps is one program and says nothing, so that the share within a model is the
+            time since its start over the time that its last picture of this kind took.
 
     Raises:
         ConfigError: a form that is refused. NumericsError: the networks' output is not finite.
@@ -165,15 +174,31 @@ def draw(studio, form, tell=lambda share, text: None):
     for done, (model, call) in enumerate(zip(studio.models, calls, strict=True)):
         program = _program(model, call)
         compiled = _room_for(studio.programs, program)
-        first = ", the first time with compiling" if compiled else ""
-        tell(done / len(calls), f"{model.role}: {call['num_inference_steps']} steps{first}")
-        start = time.perf_counter()
-        result = model.pipe(**call)
-        seconds = time.perf_counter() - start
-        studio.programs.add(program)
+        expected = studio.programs.get(program)
+        about = f", about {expected:.1f} s" if expected else ""
+        what = f"{model.role}: {call['num_inference_steps']} steps"
+        what += ", the first time with compiling" if compiled else about
+
+        def now(seconds, done=done, expected=expected, what=what):
+            part = min(seconds / expected, 0.95) if expected else 0.0
+            tell((done + part) / len(calls), f"{what}; {seconds:.1f} s so far")
+
+        result, seconds = watched(functools.partial(model.pipe, **call), now)
+        studio.programs[program] = None if compiled else seconds
         known = {"model": model.name, "version": __version__}
         parameters = {**result.parameters[0], **extra, **known}
         yield Drawn(model.role, result.images[0], parameters, seconds, compiled)
+
+
+def watched(work, tell):
+    """(result, seconds) of `work()` in another thread; meanwhile `tell(seconds)`, at least once."""
+    start = time.perf_counter()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        running = pool.submit(work)
+        while True:
+            tell(time.perf_counter() - start)
+            if concurrent.futures.wait([running], timeout=TICK).done:
+                return running.result(), time.perf_counter() - start
 
 
 def _program(model, call):

@@ -66,6 +66,8 @@ def train(runs, arms, seeds, base_path=None, steps=None):
         for arm in arms:
             config, root = config_of(arm, seed, base_path), directory(runs, arm, seed)
             config.steps = steps or config.steps
+            warmup = min(config.optimizer.warmup_steps, config.steps)
+            config.optimizer.warmup_steps = warmup
             check_base(fill(config.base_path, root), root)
             loop.main(config, root, resume=True)
 

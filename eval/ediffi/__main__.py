@@ -45,6 +45,9 @@ NUMBER = flags.DEFINE_integer("number", 256, "Pictures a row.", lower_bound=8)
 SEED = flags.DEFINE_integer("seed", 0, "Of questions and noise.", lower_bound=0)
 RUNS = flags.DEFINE_string("runs", "runs/ediffi_arms", "Directory of the arms' runs.")
 SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Training seeds of the arms.")
+TRAIN = flags.DEFINE_integer(
+    "steps", None, "Training steps of each stage, if not the recipe's.", lower_bound=1
+)
 ARMS = flags.DEFINE_list("arms", list(experts.ARMS), "Which arms.")
 CLIP = flags.DEFINE_string("clip_path", None, "CLIP of the arms; default: the shipped one.")
 REDO = flags.DEFINE_bool("redo", False, "Make a study again.")
@@ -56,7 +59,8 @@ def settings(name):
     found = {"cascade": who, "number": NUMBER.value}
     if name != "experts":
         return found | {"seed": SEED.value}
-    recipes = [experts.config_of(arm, 0, CLIP.value).to_json() for arm in ARMS.value]
+    made = [experts.config_of(arm, 0, CLIP.value, TRAIN.value) for arm in ARMS.value]
+    recipes = [config.to_json() for config in made]
     return found | {
         "arms": ARMS.value,
         "seeds": SEEDS.value,
@@ -80,7 +84,8 @@ def function(name):
     if name != "experts":
         return lambda: OF_A_CASCADE[name](opened(), NUMBER.value, SEED.value)
     seeds = study.check_seeds(SEEDS.value)
-    return lambda: experts.study(RUNS.value, ARMS.value, seeds, opened(), NUMBER.value, CLIP.value)
+    runs, more = (RUNS.value, ARMS.value, seeds), (CLIP.value, TRAIN.value)
+    return lambda: experts.study(*runs, opened(), NUMBER.value, *more)
 
 
 def check():

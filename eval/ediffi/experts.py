@@ -33,28 +33,30 @@ BASELINE = "shared"
 SEED_STEP = 100  # between the seeds of two runs; the stages of one use the numbers between
 
 
-def config_of(arm, seed, clip_path=None):
+def config_of(arm, seed, clip_path=None, steps=None):
     """The recipe of an arm with everything that is drawn from another seed.
 
     A stage keeps its distance to its parent's seed. Held-out pictures are those of `data.seed`, the
-    same in every arm.
+    same in every arm. `steps`: of each stage, if not the recipe's.
     """
     config = recipe.get_config(ARMS[arm])
     for name in config.stages:
         stage = config[name]
         stage.seed += SEED_STEP * seed
+        stage.steps = steps or stage.steps
+        stage.optimizer.warmup_steps = min(stage.optimizer.warmup_steps, stage.steps)
         if clip_path:
             stage.clip_path = clip_path
     return config
 
 
-def train(runs, arms, seeds, clip_path=None):
+def train(runs, arms, seeds, clip_path=None, steps=None):
     """Trains what is missing; a directory ARM_SEED each. The arms of a seed share their parent."""
     for seed in seeds:
         for arm in arms:
             root = Path(runs) / f"{arm}_{seed}"
             share_parent(runs, root, seed)
-            loop.main(config_of(arm, seed, clip_path), root, resume=True)
+            loop.main(config_of(arm, seed, clip_path, steps), root, resume=True)
 
 
 def share_parent(runs, root, seed):
@@ -139,13 +141,13 @@ def check_encoders(own, cascade):
         )
 
 
-def study(runs, arms, seeds, cascade, number, clip_path=None):
+def study(runs, arms, seeds, cascade, number, clip_path=None, steps=None):
     """Trains, compares and draws."""
     if BASELINE not in arms:
         raise ConfigError(f"nothing to compare with: {arms}", "--arms", f"add {BASELINE}")
     if cascade is not None:
         measures.check_weights(("kid",), {}, "efflite0")  # before hours of training
-    train(runs, arms, seeds, clip_path)
+    train(runs, arms, seeds, clip_path, steps)
     rows = compare(runs, arms, seeds)
     drawn = pictures(runs, arms, seeds, cascade, number) if cascade is not None else []
     return {"rows": rows, "drawn": drawn}, ratios(rows)

@@ -279,6 +279,7 @@ def report(directory, number=2000, vae=VAE, batch_size=50):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--fit", action="store_true", help="fit the checker on real scenes")
+    parser.add_argument("--steps", type=int, help="of each phase of --fit, to test the plumbing")
     parser.add_argument("--check", action="store_true", help="accuracy on ground-truth scenes")
     parser.add_argument("--scenes", type=int, default=2000, help="how many --check reads")
     parser.add_argument("--vae", type=Path, default=VAE, help="autoencoder of --check")
@@ -289,7 +290,8 @@ def main(argv=None):
     if args.scenes < 1:
         raise errors.ConfigError(f"{args.scenes} scenes", "--scenes", "use at least 1")
     if args.fit:
-        print(fit(args.directory, log=lambda s: print(s, flush=True)))
+        phases = [(args.steps or steps, in_front) for steps, in_front in PHASES]
+        print(fit(args.directory, phases, log=lambda s: print(s, flush=True)))
     if args.check:
         report(args.directory, args.scenes, args.vae)
 

@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+import time
 import zlib
 
 import numpy as np
@@ -288,6 +289,31 @@ def test_teacher_and_student_with_their_own_steps():
     assert teacher["seed"] == student["seed"]
     assert [share for share, _ in told] == [0.0, 0.0, 0.5]
     assert "teacher: 9 steps" in told[1][1]
+
+
+class Slow(Fake):
+    def __call__(self, **call):
+        time.sleep(0.4)
+        return super().__call__(**call)
+
+
+def test_progress_while_one_model_works(monkeypatch):
+    """The first two pictures have nothing to go by: the first one's time was the compiler's."""
+    monkeypatch.setattr(draw, "TICK", 0.05)
+    studio = draw.studio(["big", "small"], [Slow(), Slow(4, 0.0)])
+    for n in range(3):
+        told = []
+        list(draw.draw(studio, form(seed=n), lambda share, text, told=told: told.append(share)))
+        assert told == sorted(told)
+        assert len(told) > 10
+        assert (len(set(told)) > 10) == (n == 2), told
+    assert max(share for share in told if share < 0.5) > 0.3
+    assert 0.8 < told[-1] < 1
+
+
+def test_what_goes_wrong_while_drawing_comes_out(monkeypatch):
+    with pytest.raises(ZeroDivisionError):
+        draw.watched(lambda: 1 / 0, lambda seconds: None)
 
 
 def test_models_that_do_not_go_together():

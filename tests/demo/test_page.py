@@ -13,6 +13,7 @@ import concurrent.futures
 import contextlib
 import http.client
 import io
+import json
 import math
 import os
 import pathlib
@@ -286,6 +287,19 @@ def test_memory_is_flat_over_many_pictures(server):
     grown = server.memory() - before
     record("demo: 200 pictures", grown_mib=round(grown, 1))
     assert grown < 40
+
+
+def test_the_bar_moves_while_one_model_works(server):
+    """The third picture of a kind: its time is known, and the loop itself says nothing."""
+    for n in range(3):
+        text = server.ask(fields(steps=50, guidance=4.5, seed=n))[3]
+    events = [json.loads(line[5:]) for line in text.splitlines() if line.startswith("data:")]
+    units = [unit for e in events if e["msg"] == "progress" for unit in e["progress_data"]]
+    shares = [unit["progress"] for unit in units]
+    record("demo: progress within a picture", told=len(shares), last=round(shares[-1], 2))
+    assert shares == sorted(shares)
+    assert len({share for share in shares if 0 < share < 1}) >= 2
+    assert "50 steps, about" in units[-1]["desc"]
 
 
 def test_fifty_at_once(server):

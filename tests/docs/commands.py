@@ -14,6 +14,7 @@ DOCUMENTS = (
 )
 EXAMPLES = ("docs/examples/xpk.sh", "docs/examples/train.slurm")
 JOBSET = "docs/examples/jobset.yaml"
+INLINE = r"([A-Z_]+=\S+ )*(python -m \S+|pip install|playwright|ssh|hf) \S"
 
 
 def fenced(path):
@@ -45,10 +46,42 @@ def split(text):
     return [words for words in found if words]
 
 
+def steps(path):
+    """[("bash", words) or ("python", text)] of a page in their order; what stands in a line last.
+
+    What is included from a file is not: a card is a page of its own.
+    """
+    found = []
+    for language, text in fenced(path):
+        if text.startswith("--8<--"):
+            continue
+        if language == "bash":
+            found += [("bash", words) for words in split(text)]
+        if language == "python":
+            found.append(("python", text))
+    return found + [("bash", words) for words in inline(path)]
+
+
+def inline(path):
+    """Commands within the text of a page that are more than a name."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+    code = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", text)]
+    code = [c for c in code if re.match(INLINE, c)]
+    return [words for one in code for words in split(one) if "..." not in words]
+
+
 def shown(path):
     """Every command of a page."""
-    found = [split(text) for language, text in fenced(path) if language == "bash"]
-    return [words for block in found for words in block if not words[0].startswith("--8<--")]
+    return [step for kind, step in steps(path) if kind == "bash"]
+
+
+def inside(name):
+    """The command that every host runs, of an example for a cluster."""
+    if name == JOBSET:
+        return container()["command"]
+    words = split((ROOT / name).read_text(encoding="utf-8"))[-1]
+    carried = [w.removeprefix("--command=") for w in words if w.startswith("--command=")]
+    return carried[0].split() if carried else words[1:] if words[0] == "srun" else words
 
 
 def module_of(words):

@@ -1,6 +1,7 @@
 """The notebooks: their form, and what they show when they are executed at the tiny size.
 
-`pytest -m slow tests/notebooks` runs all of them; the one without training runs in every suite.
+`pytest -m "" tests/notebooks` runs all of them; the one without training runs in every suite.
+Each has five minutes on two cores, compiled as for a reader who opens it for the first time.
 """
 
 import ast
@@ -8,10 +9,12 @@ import json
 import os
 import pathlib
 import re
+import resource
 import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -23,6 +26,7 @@ from tests.checks import record
 ROOT = pathlib.Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 EXECUTE = pathlib.Path(__file__).with_name("execute.py")
+LIMIT = 300  # seconds
 TILE, GAP, STRIP = 192, 2, 14  # of a sheet: pictures of 64 px three times as large
 
 
@@ -31,17 +35,44 @@ def cells(path, kind):
     return ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == kind]
 
 
+def readers_environment():
+    """Without what `tests/conftest.py` sets to compile quickly, and nothing compiled before."""
+    kept = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    flags = kept.pop("XLA_FLAGS", "").split()
+    flags = [flag for flag in flags if "xla_backend_optimization_level" not in flag]
+    more = {"XLA_FLAGS": " ".join(flags), "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
+    return kept | more
+
+
 def execute(name, out, **values):
-    """What a reader would see: [{"text", "picture"}] a code cell."""
-    start = time.monotonic()
+    """What a reader would see: [{"text", "picture"}] a code cell; and the seconds it took.
+
+    Seconds are the clock's or, where other programs hold it up, those of the processor: two cores
+    of its own would not take longer.
+    """
+    start, used = time.monotonic(), processor_seconds()
     settings = [f"{key}={json.dumps(value)}" for key, value in values.items()]
-    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, EXECUTE, ROOT / "notebooks" / f"{name}.ipynb", out, *settings],
-        cwd=out.parent, env=environment, capture_output=True, text=True,
+        cwd=out.parent, env=readers_environment(), capture_output=True, text=True,
     )  # fmt: skip
+    seconds = min(time.monotonic() - start, processor_seconds() - used)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((out / "output.json").read_text()), time.monotonic() - start
+    assert seconds < LIMIT, f"{name} took {seconds:.0f} s"
+    return json.loads((out / "output.json").read_text()), seconds
+
+
+def processor_seconds():
+    """Of all programs that this one started and that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def note(name, seconds, **figures):
+    """Keeps what a run of a notebook found, and with which jax."""
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    figures = {"seconds": round(seconds), "python": python, "jax": jax.__version__, **figures}
+    record(f"notebook {name}", **figures)
 
 
 def tiles(out, cell, rows, cols, labelled):
@@ -117,10 +148,11 @@ def test_distil(tmp_path):
     before = tiles(out, shown[0], 2, 4, labelled=True)
     after = tiles(out, shown[-1], 3, 4, labelled=True)
     np.testing.assert_array_equal(after[:2], before)
-    # Few evaluations without guidance blur; the student's pictures are pictures of their own.
-    assert after.std(axis=(3, 4)).min() > 0.01
+    contrast = after.std(axis=(2, 3)).min(-1)  # 3 rows of 4; an empty picture has next to none
+    assert contrast[0].min() > 0.02
+    assert np.median(contrast, 1).min() > 0.02  # few evaluations may miss a thing
     assert np.abs(after[2] - after[1]).mean() > 0.01
-    record("notebook distil, 6 steps", seconds=round(seconds))
+    note("distil, 6 steps", seconds)
 
 
 @pytest.mark.slow
@@ -151,21 +183,8 @@ def test_four_step_pictures(tmp_path):
         moved[name] = float(right[2].mean() - right[1].mean())  # "crab | frog" less "frog | crab"
     assert moved["frog"] > 0.03, moved
     assert moved["crab"] < -0.03, moved
-    record(
-        "notebook four_step_pictures, 2 distillation steps",
-        seconds=round(seconds),
-        **{f"{name}_moved_right": round(value, 3) for name, value in moved.items()},
-    )
-
-
-@pytest.fixture(scope="module")
-def stable_diffusion(tmp_path_factory):
-    """A Stable Diffusion that was trained for six steps."""
-    work = tmp_path_factory.mktemp("sd")
-    command = [sys.executable, "-m", "train", "--config=configs/sd.py:smoke", f"--workdir={work}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return str(work / "export")
+    figures = {f"{name}_moved_right": round(value, 3) for name, value in moved.items()}
+    note("four_step_pictures, 2 distillation steps", seconds, **figures)
 
 
 @pytest.fixture(scope="module")
@@ -181,21 +200,21 @@ def photos(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_controller_on_drawn_pictures(tmp_path):
-    text = controller_of_a_folder(tmp_path, "shipped", 64, STEPS=4)
-    assert "configs.pixart_control: 100 pictures" in text
-    assert "PixArtControlNetAdapterModel" in text
-
-
-@pytest.mark.slow
-def test_controlnet_xs_on_a_folder_of_photos(tmp_path, stable_diffusion, photos):
-    values = {"BASE": stable_diffusion, "FOLDER": photos, "VARIANT": "smoke", "STEPS": 4}
-    text = controller_of_a_folder(tmp_path, "Stable Diffusion", 32, **values)
-    assert "configs.controlnet_xs: 12 pictures, the last four: ['box number 8'" in text
+def test_controlnet_xs_on_drawn_pictures(tmp_path):
+    text = controller_of_a_folder(tmp_path, "ControlNet-XS", STEPS=4)
+    assert "configs.controlnet_xs: 100 pictures" in text
     assert "ControlNetXSAdapter" in text
 
 
-def controller_of_a_folder(tmp_path, name, side, **values):
+@pytest.mark.slow
+def test_controlnet_transformer_on_a_folder_of_photos(tmp_path, photos):
+    values = {"BASE": "cnxs_jax/assets/pixart_tiny", "FOLDER": photos, "STEPS": 4}
+    text = controller_of_a_folder(tmp_path, "ControlNet-Transformer", **values)
+    assert "configs.pixart_control: 12 pictures, the last four: ['box number 8'" in text
+    assert "PixArtControlNetAdapterModel" in text
+
+
+def controller_of_a_folder(tmp_path, name, **values):
     """Runs the notebook, checks what it showed; its text."""
     out = tmp_path / "out"
     seen, seconds = execute("own_controller", out, **values)
@@ -207,7 +226,7 @@ def controller_of_a_folder(tmp_path, name, side, **values):
     kept = tiles(out, shown[0], 2, 4, labelled=False)
     final = tiles(out, shown[-1], 4, 4, labelled=True)
     np.testing.assert_array_equal(final[:2], kept)
-    small = np.round(255 * final[:, :, :: TILE // side, :: TILE // side]).astype(np.uint8)
+    small = np.round(255 * final[:, :, ::3, ::3]).astype(np.uint8)
     lines = hints.canny(small[0])
     assert lines.any((1, 2, 3)).all()
     np.testing.assert_array_equal(lines, small[1] / 255)
@@ -217,5 +236,5 @@ def controller_of_a_folder(tmp_path, name, side, **values):
         assert abs(recall - float(printed)) < 1e-3
     assert row == 3
     assert np.abs(final[3] - final[2]).max() > 0  # a few steps have opened the zero layers
-    record(f"notebook own_controller, 4 steps, {name}", seconds=round(seconds))
+    note(f"own_controller, 4 steps, {name}", seconds)
     return text
