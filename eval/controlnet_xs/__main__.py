@@ -4,7 +4,7 @@
       types         A, B and C and the original ControlNet: control, quality, what a step costs
       connections   what is lost when the connections of one resolution are cut (type B)
       bias          sizes of type B: hints of one thing, prompts of another
-Trains what is missing: about a quarter of an hour an arm and seed on one core. Writes
+Trains what is missing: about 20 minutes an arm and seed on one core, wider arms longer. Writes
 OUT/<study>.json and .png, and OUT/report.md of all that are there; a study that was made with the
 same settings is not made again.
 """

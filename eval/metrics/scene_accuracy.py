@@ -289,6 +289,9 @@ def main(argv=None):
         raise errors.ConfigError("nothing to do", "arguments", "give --fit, --check or both")
     if args.scenes < 1:
         raise errors.ConfigError(f"{args.scenes} scenes", "--scenes", "use at least 1")
+    if args.steps is not None and (args.steps < 1 or args.directory == CHECKER):
+        what = f"{args.steps} steps into {args.directory}"
+        raise errors.ConfigError(what, "--steps", "at least 1, with a --directory of its own")
     if args.fit:
         phases = [(args.steps or steps, in_front) for steps, in_front in PHASES]
         print(fit(args.directory, phases, log=lambda s: print(s, flush=True)))

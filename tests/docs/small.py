@@ -25,7 +25,7 @@ OTHERS = {"venv", "pip", "mkdocs"}  # modules that run as they are
 PUBLISHED = re.compile(r":xl_\d+$")
 SMALL = {  # smallest settings that still go through every part
     "eval": ["--num_prompts=4", "--num_real=8", "--steps=1", "--reference_steps=1"],
-    "eval.metrics.scene_accuracy": ["--scenes=8", "--steps=1"],
+    "eval.metrics.scene_accuracy": ["--scenes=8", "--steps=1", "--directory=runs/checker"],
     "eval.benchmark": ["--size=tiny", "--repeats=1", "--steps=1"],
     "eval.claims": ["--size=tiny"],
     "eval.roofline": ["--size=tiny"],

@@ -1,6 +1,6 @@
-"""Every command and Python block of the documents is run, page by page, as a reader would.
+"""Every command and Python block of the documents is run, page by page, in a copy of the checkout.
 
-At the smallest size, in a copy of the checkout; `small.NOT_RUN` says what is not run, and why.
+At the smallest size, or as what `small.plan` puts in its place; `small.NOT_RUN` is not run at all.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ from tests.checks import record
 from tests.docs import commands, small
 
 ROOT = commands.ROOT
+LIMIT = 1800  # seconds of one command
 PAGES = [page for page in commands.DOCUMENTS if commands.steps(page)]
 RAY = {  # as much of Ray as the example needs
     "ray/__init__.py": "def init(**_):\n    pass\n",
@@ -106,7 +107,11 @@ def start(words, cwd):
 
 def wait(processes):
     """The first one's output; all must end well, and pip must know the extras."""
-    outputs = [process.communicate() for process in processes]
+    try:
+        outputs = [process.communicate(timeout=LIMIT) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     for process, (out, err) in zip(processes, outputs, strict=True):
         shown = " ".join(process.args[1:])
         assert process.returncode == 0, f"{shown}\n{out[-1500:]}\n{err[-3000:]}"

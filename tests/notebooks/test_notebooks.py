@@ -55,6 +55,7 @@ def execute(name, out, **values):
     done = subprocess.run(
         [sys.executable, EXECUTE, ROOT / "notebooks" / f"{name}.ipynb", out, *settings],
         cwd=out.parent, env=readers_environment(), capture_output=True, text=True,
+        timeout=4 * LIMIT,
     )  # fmt: skip
     seconds = min(time.monotonic() - start, processor_seconds() - used)
     assert done.returncode == 0, done.stderr[-3000:]
