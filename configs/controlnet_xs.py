@@ -148,10 +148,11 @@ def tiny():
 
 
 def smoke(config):
-    """A few steps on the base of `configs/sd.py:smoke`, to test the plumbing."""
+    """A few steps on the base of `configs/sd.py:smoke`, or on any other, to test the plumbing."""
     config.report = None
     common.short(config, steps=4, save_every=2)
     config.data.size = 32
-    config.control.block_out_channels = (4, 8)
+    config.control.block_out_channels = None
+    config.control.size_ratio = 0.25
     config.control.conditioning_embedding_out_channels = (4, 8, 8)
     return config

@@ -94,6 +94,8 @@ def smallest(module, arguments):
         arguments = [a + ":smoke" if a.startswith("--config=") and ":" not in a else a
                      for a in arguments]  # fmt: skip
         arguments = [a.replace("=/mnt/", "=mnt/") for a in arguments]
+    if "--config.data.buckets=True" in arguments:  # buckets begin at 256 px
+        arguments = [*arguments, "--config.data.size=256"]
     if "--distributed" in arguments:  # one process in the place of a cluster
         alone = ["--coordinator=localhost:{port}", "--num_processes=1", "--process_id=0"]
         arguments = [a for a in arguments if a != "--distributed"] + alone

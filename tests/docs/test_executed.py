@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import os
 import pathlib
+import re
 import shutil
 import socket
 import subprocess
@@ -98,7 +99,7 @@ def start(words, cwd):
            for what in ("NAME", "EMAIL")},
     }  # fmt: skip
     words = ["bash", "-c", '"$@"', "-", *words] if words[0] == "." else words
-    found = [sorted(cwd.glob(w)) if "*" in w and "/" in w else [w] for w in words]
+    found = [sorted(cwd.glob(w)) if re.fullmatch(r"\S+/\S*\*\S*", w) else [w] for w in words]
     return subprocess.Popen(
         [str(word) for some in found for word in some], cwd=cwd, env=environment,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
