@@ -60,6 +60,36 @@ def test_blocks_of_queries_and_gradients(monkeypatch):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("queries", [1, 101])  # of the bias: the same for all, each its own
+@pytest.mark.parametrize("block", [32, 128])  # several blocks, one
+def test_gradients_of_all_inputs_with_a_bias(block, queries, monkeypatch):
+    monkeypatch.setattr(forms, "BLOCK", block)
+    q, k, v = qkv(length=101)
+    bias = jax.random.normal(jax.random.key(9), (1, q.shape[2], queries, k.shape[1]))
+    mask = np.concatenate([MASK[:1], np.zeros((1, 40), int)])  # a row without any real key
+
+    def loss(form, *args):
+        return jnp.sum(jnp.sin(attention(*args[:3], bias=args[3], mask_BxS=mask, impl=form)))
+
+    with jax.default_matmul_precision("highest"):
+        ours = jax.grad(loss, (1, 2, 3, 4))("blocked", q, k, v, bias)
+        reference = jax.grad(loss, (1, 2, 3, 4))("xla", q, k, v, bias)
+    for a, b in zip(ours, reference, strict=True):
+        assert np.abs(b).max() > 0.01
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6)
+
+
+def test_the_gradient_keeps_no_weights():
+    q, k, v = (jnp.zeros((1, 2048, 4, 8)) for _ in range(3))
+
+    def gradients(form):
+        run = jax.jit(jax.grad(lambda *x: attention(*x, impl=form).sum(), (0, 1, 2)))
+        return run.lower(q, k, v).compile().memory_analysis().temp_size_in_bytes
+
+    assert gradients("xla") > 4 * 2048**2 * 4  # it does: [4, 2048, 2048]
+    assert gradients("blocked") < 2.5 * 1024 * 2048 * 4 + 16 * q.nbytes  # two blocks' logits
+
+
 @pytest.mark.parametrize("impl", ["xla", "blocked"])
 def test_masked_keys_have_no_influence_and_no_row_is_nan(impl):
     q, k, v = qkv()

@@ -17,12 +17,13 @@ def close(ours, theirs, tolerance):
     return np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
 
 
+@pytest.mark.parametrize("form", [conv.conv_by_products, conv.conv_as_one_product])
 @pytest.mark.parametrize("batch", [3, 4])
 @pytest.mark.parametrize(
     ("size", "padding"),
     [(3, conv.SAME3), (2, ((1, 0), (0, 1))), (3, ((0, 1), (2, 0))), (5, ((2, 2), (2, 2)))],
 )
-def test_gradients_are_those_of_the_plain_convolution(batch, size, padding):
+def test_values_and_gradients_are_those_of_the_plain_convolution(form, batch, size, padding):
     x, kernel = random(batch, 9, 7, 5), random(size, size, 5, 6, seed=1)
     target = random(*conv.plain(x, kernel, 1, padding).shape, seed=2)
 
@@ -32,20 +33,25 @@ def test_gradients_are_those_of_the_plain_convolution(batch, size, padding):
         )
 
     with jax.default_matmul_precision("highest"):
-        ours = gradients(lambda x, k: conv.conv_by_products(x, k, padding))
+        assert close(form(x, kernel, padding), conv.plain(x, kernel, 1, padding), 1e-5)
+        ours = gradients(lambda x, k: form(x, k, padding))
         theirs = gradients(lambda x, k: conv.plain(x, k, 1, padding))
     assert close(ours[0], theirs[0], 1e-5)
     assert close(ours[1], theirs[1], 1e-5)
 
 
-def test_large_convolutions_on_a_cpu_use_the_products():
-    kernel = jnp.zeros((3, 3, 16, 16))
+def test_the_form_is_chosen_by_pixels_and_channels():
+    def form(batch, side, channels):
+        """What the program is made of."""
+        x, kernel = jnp.zeros((batch, side, side, channels)), jnp.zeros((3, 3, channels, channels))
+        program = str(jax.make_jaxpr(conv.convolve)(x, kernel))
+        names = {"custom_vjp": "products", "dot_general": "one product"}
+        return next((name for op, name in names.items() if op in program), "plain")
 
-    def uses_products(x):
-        return "custom_vjp" in str(jax.make_jaxpr(conv.convolve)(x, kernel))
-
-    assert uses_products(jnp.zeros((1, 32, 32, 16))) == (jax.default_backend() == "cpu")
-    assert not uses_products(jnp.zeros((1, 16, 16, 16)))
+    here = jax.default_backend() == "cpu"
+    assert form(1, 32, 16) == ("products" if here else "plain")
+    assert form(2, 16, 128) == ("one product" if here else "plain")
+    assert form(4, 16, 128) == form(1, 16, 16) == "plain"
 
 
 def test_kernel_gradient_accumulates_in_float32():

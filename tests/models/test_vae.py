@@ -42,7 +42,7 @@ def test_no_logits_of_all_pairs_of_pixels(model):
     z = jnp.zeros((1, 64, 64, 4))
     program = jax.make_jaxpr(lambda p, z: module.apply({"params": p}, z, method="decode"))
     assert "4096,4096" not in str(program(params, z))
-    assert f"{forms.BLOCK},4096" in str(program(params, z))
+    assert f"{forms.LOGITS // 4096},4096" in str(program(params, z))
 
 
 def test_images_of_a_batch_do_not_mix(model):
