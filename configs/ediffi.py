@@ -9,7 +9,7 @@ tree over the noise distribution; super-resolution stages follow.
   :cascade  the same with super-resolution to 32 and 64 px
   :shipped  the cascade with one base model, trained for longer, instead of experts
   :shared   :tiny without experts: one model on as many samples, to compare with
-  :updates  :shared in smaller batches, for more updates than all experts make together
+  :updates  :shared in the experts' smaller batches, for about as many updates as all of them make
   :mixed    :shared on the noise levels that the experts' unequal shares amount to
   :parallel :tiny with its experts side by side, one a group of devices (--config.experts.mesh.
             expert=3) or in turn on one
@@ -25,10 +25,12 @@ rates, batch sizes and learning rates are ours, chosen to come near the publishe
 picture are left out; it gets Gaussian noise of a level that the network reads.
 
 What differs in :tiny, and why:
-  - the right edge of the tree is E[4,15] (sigma above 1.9, 1/16 of the noise levels), not E[9,511]
-    (above 9.6, 1/512): a run of minutes would hardly see the latter.
-  - the branches get a quarter, a half and a quarter of each step's 32 pictures, which are encoded
-    once and noised twice.
+  - the right edge of the tree is E[2,3] (sigma above 0.68, a quarter of the noise levels), not
+    E[9,511] (above 9.6, 1/512): a run of minutes would hardly see the latter, and at 16 px what a
+    prompt decides is decided there (docs/results/ediff_i.md).
+  - the branches get 4, 18 and 10 of every 32 pictures that one model would get, in smaller batches:
+    an expert of half the noise levels would else be updated as often as one of all. Pictures are
+    encoded once and noised twice.
   - the super-resolution stages are UNets with blocks at the full resolution (`super_resolution`
     says why), and their low-resolution picture gets little noise.
   - T5 is the embedded PixArt's, CLIP that of `configs/scene_clip.py`, both shipped and frozen;
@@ -61,10 +63,10 @@ VARIANTS = (
     "smoke",
     "paper",
 )
-TINY_TREE = ((3, 0), (4, 15))
+TINY_TREE = ((3, 0), (2, 3))
 PAPER_TREE = ((3, 0), (9, 511))
 EXPERTS = ("low", "middle", "high")
-SHARES = (8, 16, 8)  # of a step's 32 pictures, :tiny
+SHARES, BATCHES = (4, 18, 10), (4, 8, 8)  # :tiny, of 32 pictures to train on; and in a step
 
 
 def get_config(variant="tiny"):
@@ -137,8 +139,8 @@ def tiny():
     config = ConfigDict()
     config.stages = ("shared", *EXPERTS)
     config.shared = tiny_base(steps=1000, batch_size=32)
-    for i, (name, share) in enumerate(zip(EXPERTS, SHARES, strict=True)):
-        config[name] = branch(tiny_base(steps=1000, batch_size=share), TINY_TREE, i)
+    for i, (name, share, batch) in enumerate(zip(EXPERTS, SHARES, BATCHES, strict=True)):
+        config[name] = branch(tiny_base(1000 * share // batch, batch), TINY_TREE, i)
     config.finish = joined()
     return config
 

@@ -59,15 +59,15 @@ def test_the_plan_trains_every_stage_and_joins_them(run):
     assert set(report["losses"]) == {"base"}
     found = report["losses"]["base"]
     names = [row["expert"] for row in found["bins"]]
-    assert names == ["E[3,0]", "C[0.125,0.9375]", "C[0.125,0.9375]", "E[4,15]"]
+    assert names == ["E[3,0]", "C[0.125,0.75]", "C[0.125,0.75]", "E[2,3]"]
     edges = [row["quantiles"] for row in found["bins"]]
-    assert edges == [[0, 0.125], [0.125, 0.5], [0.5, 0.9375], [0.9375, 1]]
+    assert edges == [[0, 0.125], [0.125, 0.5], [0.5, 0.75], [0.75, 1]]
     mass = np.array([b - a for a, b in edges])
     losses = np.array([row["result"] for row in found["bins"]])
     assert np.isfinite(losses).all()
     assert found["total"]["result"] == pytest.approx(float(mass @ losses), rel=1e-6)
     text = (run / "report.md").read_text()
-    assert "E[4,15]" in text
+    assert "E[2,3]" in text
     with Image.open(run / "pictures.png") as picture:
         assert picture.size == (8 * 32, 32)
 
@@ -126,9 +126,16 @@ def test_a_mixture_draws_its_intervals_at_their_shares():
     keys = jax.random.split(jax.random.key(0), 20_000)
     quantile = levels.quantile(jax.vmap(mixture.draw)(keys))
     got = [np.mean((quantile >= i.low) & (quantile < i.high)) for i in intervals]
-    np.testing.assert_allclose(got, [0.25, 0.5, 0.25], atol=0.015)
-    middle = quantile[(quantile >= 0.125) & (quantile < 0.9375)]
-    assert np.mean(middle < 0.53125) == pytest.approx(0.5, abs=0.02)  # the parent's own density
+    np.testing.assert_allclose(got, np.array(configs.ediffi.SHARES) / 32, atol=0.015)
+    middle = quantile[(quantile >= 0.125) & (quantile < 0.75)]
+    assert np.mean(middle < 0.4375) == pytest.approx(0.5, abs=0.02)  # the parent's own density
+
+
+def test_experts_see_as_many_pictures_as_one_model():
+    experts, one = configs.ediffi.get_config("tiny"), configs.ediffi.get_config("shared").longer
+    seen = [experts[n].steps * experts[n].batch_size for n in configs.ediffi.EXPERTS]
+    assert sum(seen) == one.steps * one.batch_size
+    np.testing.assert_allclose(np.array(seen) / sum(seen), np.array(configs.ediffi.SHARES) / 32)
 
 
 def test_controls_and_experts_side_by_side_are_one_key_away(tmp_path):
