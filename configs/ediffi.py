@@ -11,8 +11,8 @@ tree over the noise distribution; super-resolution stages follow.
   :shared   :tiny without experts: one model on as many samples, to compare with
   :updates  :shared in the experts' smaller batches, for about as many updates as all of them make
   :mixed    :shared on the noise levels that the experts' unequal shares amount to
-  :parallel :tiny with its experts side by side, one a group of devices (--config.experts.mesh.
-            expert=3) or in turn on one
+  :parallel :tiny with its experts side by side, in equal shares, one a group of devices
+            (--config.experts.mesh.expert=3) or in turn on one
   :smoke    three steps of a smaller cascade to 32 px without CLIP, to test the plumbing
             (pytest -m slow tests/train/test_ediffi.py)
   :paper    64 -> 256 -> 1024 px at about the published size
@@ -25,10 +25,10 @@ rates, batch sizes and learning rates are ours, chosen to come near the publishe
 picture are left out; it gets Gaussian noise of a level that the network reads.
 
 What differs in :tiny, and why:
-  - the right edge of the tree is E[2,3] (sigma above 0.68, a quarter of the noise levels), not
-    E[9,511] (above 9.6, 1/512): a run of minutes would hardly see the latter, and at 16 px what a
-    prompt decides is decided there (docs/results/ediff_i.md).
-  - the branches get 4, 18 and 10 of every 32 pictures that one model would get, in smaller batches:
+  - the right edge of the tree is E[1,1] (sigma above 0.30, half of the noise levels), not E[9,511]
+    (above 9.6, 1/512): a run of minutes would hardly see the latter, and a narrow expert of high
+    noise learns less alone than together with the levels below (docs/results/ediff_i.md).
+  - the branches get 6, 10 and 16 of every 32 pictures that one model would get, in smaller batches:
     an expert of half the noise levels would else be updated as often as one of all. Pictures are
     encoded once and noised twice.
   - the super-resolution stages are UNets with blocks at the full resolution (`super_resolution`
@@ -63,10 +63,10 @@ VARIANTS = (
     "smoke",
     "paper",
 )
-TINY_TREE = ((3, 0), (2, 3))
+TINY_TREE = ((3, 0), (1, 1))
 PAPER_TREE = ((3, 0), (9, 511))
 EXPERTS = ("low", "middle", "high")
-SHARES, BATCHES = (4, 18, 10), (4, 8, 8)  # :tiny, of 32 pictures to train on; and in a step
+SHARES, BATCHES = (6, 10, 16), (6, 8, 8)  # :tiny, of 32 pictures to train on; and in a step
 
 
 def get_config(variant="tiny"):
@@ -226,7 +226,7 @@ def super_resolution(low_res_size, size):
 def longer(config, variant):
     """One model instead of experts, on as many samples; the shipped one on three times as many."""
     steps = {"updates": 4000, "shipped": 3000}.get(variant, 1000)
-    batch = 8 if variant == "updates" else sum(SHARES)
+    batch = max(BATCHES) if variant == "updates" else sum(SHARES)
     config.stages = ("shared", "longer")
     config.longer = branch(tiny_base(steps, batch), None, None)
     if variant == "mixed":

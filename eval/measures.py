@@ -82,7 +82,7 @@ class Metric:
 
 def scenes(sample, pair, real, tools):
     """Scene accuracy, and that of the held-out splits."""
-    columns = (*scene_accuracy.ITEMS, "all_correct", "extra_objects")
+    columns = (*scene_accuracy.ITEMS, "items", "all_correct", "extra_objects")
     found = {k: sample.scored[0][k] for k in columns if k in sample.scored[0]}
     for split, other in sample.splits.items():
         found |= _split_figures(split, other)

@@ -6,7 +6,7 @@ SHOWN = 8  # prompts in the picture grid
 COLUMNS = 10  # rows that the picture grid shows, at most
 # The report's tables; columns that are named nowhere come last.
 GROUPS = (
-    ("objects", "style", "background", "relation", "all_correct", "extra_objects"),
+    ("objects", "style", "background", "relation", "items", "all_correct", "extra_objects"),
     ("kid_efflite0", "sharpness", "rmse", "psnr", "same_verdicts"),
     ("held-out pair: object", "held-out pair: style", "held-out pair: all correct"),
     ("held-out relation", "held-out relation: all correct"),

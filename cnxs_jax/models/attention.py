@@ -23,7 +23,7 @@ from cnxs_jax import backend, sharding
 from cnxs_jax.errors import ConfigError, did_you_mean
 
 BLOCK = 1024  # queries a block in the blocked form: a fifth faster than 512 at 1024 tokens
-LOGITS = 2**21  # at most so many a block: 512 queries are an eighth faster at 4096 tokens
+LOGITS, MIN_BLOCK = 2**21, 128  # fewer queries for many keys: 512 at 4096, an eighth faster
 LANES = 128  # of a TPU; splash works on multiples
 
 
@@ -156,10 +156,10 @@ def _xla(q, k, v, mask, bias, scale):
 
 
 def _blocked(q, k, v, mask, bias, scale):
-    """Loops over (batch, head) and blocks of queries; keys are not split, logits are [BLOCK, S]."""
-    B, L, H, D = q.shape
-    S = k.shape[1]
-    block = min(BLOCK, L, max(LOGITS // S, LANES))
+    """Loops over (batch, head) and blocks of queries; keys are not split, logits are [block, S]."""
+    (B, L, H, D), S, dtype = q.shape, k.shape[1], q.dtype
+    q, k, v = (x.astype(jnp.result_type(q, k, v)) for x in (q, k, v))
+    block = min(BLOCK, L, max(LOGITS // S, MIN_BLOCK))
     pad = -L % block
     num = (L + pad) // block
     bias = _additive(mask, bias, B)
@@ -171,16 +171,16 @@ def _blocked(q, k, v, mask, bias, scale):
     bias = None if bias is None else _by_block(bias, (B, H, S), num, pad)
 
     out = _heads(q_BHxNxMxD, k_BHxSxD, v_BHxSxD, bias)
-    return out.reshape(B, H, L + pad, D)[:, :, :L].transpose(0, 2, 1, 3).astype(q.dtype)
+    return out.reshape(B, H, L + pad, D)[:, :, :L].transpose(0, 2, 1, 3).astype(dtype)
 
 
 @jax.custom_vjp
 def _heads(q_BHxNxMxD, k_BHxSxD, v_BHxSxD, bias):
     """Blocks of queries one after another, of one head after another: [B*H, N, M, D].
 
-    With a gradient of its own (arXiv 2307.08691, section 2.3): what the blocks' loops would keep for
-    it is every weight, [B*H, L, S], half a gigabyte a layer at 4096 tokens. Kept are the output and
-    two numbers a query; the weights are computed once more.
+    With a gradient of its own (arXiv 2307.08691, section 2.3), in reverse mode alone: what the
+    loops would keep for it is every weight [B*H, L, S], half a gigabyte a layer for 8 heads of 4096
+    tokens. Kept are the output and two numbers a query; the weights are computed once more.
     """
     return _heads_forward(q_BHxNxMxD, k_BHxSxD, v_BHxSxD, bias)[0]
 
@@ -197,12 +197,12 @@ def _heads_forward(q_BHxNxMxD, k_BHxSxD, v_BHxSxD, bias):
         def one_block(args):
             q_MxD, bias_QxS = args
             logits = _logits(q_MxD, k_SxD, bias_QxS)
-            most_Mx1 = logits.max(-1, keepdims=True)
-            weights = jnp.exp(logits - most_Mx1)
-            total_Mx1 = weights.sum(-1, keepdims=True)
+            max_Mx1 = logits.max(-1, keepdims=True)
+            weights = jnp.exp(logits - max_Mx1)
+            sum_Mx1 = weights.sum(-1, keepdims=True)
             out = weights.astype(v_SxD.dtype) @ v_SxD  # normalise [M, D], not [M, S]
-            # Most and total apart: in a row without a real key their sum would lose the latter.
-            return out / total_Mx1.astype(out.dtype), most_Mx1, total_Mx1
+            # Both kept, not max + log(sum): a row without a real key would lose the latter.
+            return out / sum_Mx1.astype(out.dtype), max_Mx1, sum_Mx1
 
         if len(q_NxMxD) > 1:
             return jax.lax.map(one_block, (q_NxMxD, bias_NxQxS))
@@ -210,35 +210,36 @@ def _heads_forward(q_BHxNxMxD, k_BHxSxD, v_BHxSxD, bias):
         return jax.tree.map(lambda a: a[None], done)
 
     inputs = q_BHxNxMxD, k_BHxSxD, v_BHxSxD, bias
-    out, most, total = jax.lax.map(one_head, inputs)
-    return out, (*inputs, out, most, total)
+    out, *softmax = jax.lax.map(one_head, inputs)
+    return out, (*inputs, out, *softmax)
 
 
 def _heads_backward(kept, g_BHxNxMxD):
-    def one_head(args):
-        (q_NxMxD, k_SxD, v_SxD, bias_NxQxS, *rows), g_NxMxD = args
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
-        def one_block(sums, args):
-            q_MxD, bias_QxS, out_MxD, most_Mx1, total_Mx1, g_MxD = args
-            weights = jnp.exp(_logits(q_MxD, k_SxD, bias_QxS) - most_Mx1)
-            g_MxD = g_MxD / total_Mx1.astype(g_MxD.dtype)  # and not the weights, [M, S]
-            mean_Mx1 = jnp.sum(g_MxD.astype(jnp.float32) * out_MxD, -1, keepdims=True)
-            g_weights = jnp.einsum("md,sd->ms", g_MxD, v_SxD, preferred_element_type=jnp.float32)
-            g_logits = weights * (g_weights - mean_Mx1)
+    def one_head(args):
+        (q_NxMxD, k_SxD, v_SxD, bias_NxQxS, *outputs), g_NxMxD = args
+        dtype = k_SxD.dtype
+
+        def one_block(sums_DxS, args):
+            q_MxD, bias_QxS, out_MxD, max_Mx1, sum_Mx1, g_MxD = args
+            weights = jnp.exp(_logits(q_MxD, k_SxD, bias_QxS) - max_Mx1)
+            g_MxD = g_MxD / sum_Mx1.astype(dtype)  # and not the weights, [M, S]
+            along_Mx1 = jnp.sum(g_MxD.astype(jnp.float32) * out_MxD, -1, keepdims=True)
+            g_logits = weights * (product("md,sd->ms", g_MxD, v_SxD) - along_Mx1)
             # The narrow factor is transposed, not [M, S]: several times faster on a CPU.
-            sums_DxS = (
-                sums[0] + q_MxD.T @ g_logits.astype(q_MxD.dtype),
-                sums[1] + g_MxD.T @ weights.astype(g_MxD.dtype),
-            )
+            g_k_DxS = product("dm,ms->ds", q_MxD.T, g_logits.astype(dtype))
+            g_v_DxS = product("dm,ms->ds", g_MxD.T, weights.astype(dtype))
             g_bias = None
             if bias_QxS is not None:
                 g_bias = g_logits.sum(0, keepdims=True) if len(bias_QxS) == 1 else g_logits
-            return sums_DxS, (g_logits.astype(k_SxD.dtype) @ k_SxD, g_bias)
+            sums_DxS = sums_DxS[0] + g_k_DxS, sums_DxS[1] + g_v_DxS
+            return sums_DxS, (g_logits.astype(dtype) @ k_SxD, g_bias)
 
-        zeros = jnp.zeros_like(k_SxD.T), jnp.zeros_like(v_SxD.T)
-        blocks = q_NxMxD, bias_NxQxS, *rows, g_NxMxD
-        (g_k_DxS, g_v_DxS), (g_q, g_bias) = jax.lax.scan(one_block, zeros, blocks)
-        return g_q, g_k_DxS, g_v_DxS, g_bias
+        zeros = jnp.zeros((2, *k_SxD.T.shape), jnp.float32)
+        blocks = q_NxMxD, bias_NxQxS, *outputs, g_NxMxD
+        (g_k_DxS, g_v_DxS), (g_q, g_bias) = jax.lax.scan(one_block, (zeros[0], zeros[1]), blocks)
+        return g_q, g_k_DxS.astype(dtype), g_v_DxS.astype(dtype), g_bias
 
     g_q, g_k, g_v, g_bias = jax.lax.map(one_head, (kept, g_BHxNxMxD))
     # Transposed back out here: inside, XLA would fold it into the product and transpose [M, S].

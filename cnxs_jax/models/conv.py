@@ -21,8 +21,9 @@ HALF3 = ((0, 1), (0, 1))  # the VAE encoder pads only below and to the right bef
 MIN_PIXELS, MIN_CHANNELS, IMAGES_A_CHUNK = 32 * 32, 16, 2
 # Where a convolution on a CPU is faster as one matrix product: few pixels in all, and a kernel
 # larger than the picture (measured there with 1280 channels at 16x16 and at 8x8: forward 1.3 and
-# 2.3 times as fast, the gradients of the input 2 and 4 times, of the kernel 1.3 and 1.6).
-FEW_PIXELS, MANY_CHANNELS = 512, 128
+# 2.3 times as fast, the gradients of the input 2 and 4 times, of the kernel 1.3 and 1.6; level
+# with 320 channels).
+FEW_PIXELS, MANY_CHANNELS = 512, 512
 
 
 def convolve(x, kernel, strides=1, padding=SAME3):

@@ -79,6 +79,35 @@ def test_gradients_of_all_inputs_with_a_bias(block, queries, monkeypatch):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6)
 
 
+def test_half_precision_sums_its_blocks_in_float32(monkeypatch):
+    q, k, v = (x.astype(jnp.bfloat16) for x in qkv(length=640))
+    exact = [x.astype(jnp.float32) for x in (q, k, v)]
+
+    def error(block):
+        """Of the gradients of keys and values, relative, in the mean of the squares."""
+        monkeypatch.setattr(forms, "BLOCK", block)
+        loss = lambda form: lambda *x: jnp.sum(jnp.sin(attention(*x, impl=form)))  # noqa: E731
+        ours = jax.grad(loss("blocked"), (1, 2))(q, k, v)
+        true = jax.grad(loss("xla"), (1, 2))(*exact)
+        pairs = zip(ours, true, strict=True)
+        return max(float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)) for a, b in pairs)
+
+    assert error(16) < 1.5 * error(640)  # 40 blocks and one
+
+
+def test_factors_of_two_dtypes():
+    q, k, v = qkv()
+    for one, other in ((jnp.float32, jnp.bfloat16), (jnp.bfloat16, jnp.float32)):
+        mixed = q.astype(one), k.astype(other), v
+        grads = {
+            form: jax.grad(lambda *x: jnp.sum(attention(*x, impl=form) ** 2), (0, 1, 2))(*mixed)  # noqa: B023
+            for form in ("xla", "blocked")
+        }
+        for a, b in zip(grads["blocked"], grads["xla"], strict=True):
+            assert a.dtype == b.dtype
+            np.testing.assert_allclose(np.float32(a), np.float32(b), atol=0.05)
+
+
 def test_the_gradient_keeps_no_weights():
     q, k, v = (jnp.zeros((1, 2048, 4, 8)) for _ in range(3))
 

@@ -41,17 +41,19 @@ def test_values_and_gradients_are_those_of_the_plain_convolution(form, batch, si
 
 
 def test_the_form_is_chosen_by_pixels_and_channels():
-    def form(batch, side, channels):
+    def form(batch, side, channels, size=3, strides=1):
         """What the program is made of."""
-        x, kernel = jnp.zeros((batch, side, side, channels)), jnp.zeros((3, 3, channels, channels))
-        program = str(jax.make_jaxpr(conv.convolve)(x, kernel))
+        x = jnp.zeros((batch, side, side, channels))
+        kernel = jnp.zeros((size, size, channels, channels))
+        program = str(jax.make_jaxpr(lambda x, k: conv.convolve(x, k, strides))(x, kernel))
         names = {"custom_vjp": "products", "dot_general": "one product"}
         return next((name for op, name in names.items() if op in program), "plain")
 
     here = jax.default_backend() == "cpu"
     assert form(1, 32, 16) == ("products" if here else "plain")
-    assert form(2, 16, 128) == ("one product" if here else "plain")
-    assert form(4, 16, 128) == form(1, 16, 16) == "plain"
+    assert form(2, 16, 512) == ("one product" if here else "plain")
+    assert form(4, 16, 512) == form(1, 16, 16) == "plain"
+    assert form(2, 16, 512, size=1) == form(2, 16, 512, strides=2) == "plain"
 
 
 def test_kernel_gradient_accumulates_in_float32():
