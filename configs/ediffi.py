@@ -25,12 +25,12 @@ rates, batch sizes and learning rates are ours, chosen to come near the publishe
 picture are left out; it gets Gaussian noise of a level that the network reads.
 
 What differs in :tiny, and why:
-  - the right edge of the tree is E[1,1] (sigma above 0.30, half of the noise levels), not E[9,511]
-    (above 9.6, 1/512): a run of minutes would hardly see the latter, and a narrow expert of high
-    noise learns less alone than together with the levels below (docs/results/ediff_i.md).
-  - the branches get 6, 10 and 16 of every 32 pictures that one model would get, in smaller batches:
-    an expert of half the noise levels would else be updated as often as one of all. Pictures are
-    encoded once and noised twice.
+  - the right edge of the tree is E[2,3] (sigma above 0.68, a quarter of the noise levels), not
+    E[9,511] (above 9.6, 1/512): a run of minutes would hardly see the latter.
+  - the branches get 6, 13 and 13 of every 32 pictures that one model would get, in smaller batches:
+    an expert of some levels would else be updated as often as one of all. Pictures are encoded once
+    and noised twice. An expert is trained on 1/16 of the levels beyond each of its edges, too: near
+    them it is worst (docs/results/ediff_i.md has the figures, without margin and of other trees).
   - the super-resolution stages are UNets with blocks at the full resolution (`super_resolution`
     says why), and their low-resolution picture gets little noise.
   - T5 is the embedded PixArt's, CLIP that of `configs/scene_clip.py`, both shipped and frozen;
@@ -63,10 +63,11 @@ VARIANTS = (
     "smoke",
     "paper",
 )
-TINY_TREE = ((3, 0), (1, 1))
+TINY_TREE = ((3, 0), (2, 3))
 PAPER_TREE = ((3, 0), (9, 511))
 EXPERTS = ("low", "middle", "high")
-SHARES, BATCHES = (6, 10, 16), (6, 8, 8)  # :tiny, of 32 pictures to train on; and in a step
+SHARES, BATCHES = (6, 13, 13), (6, 8, 8)  # :tiny, of 32 pictures to train on; and in a step
+MARGINS = (1 / 2, 1 / 10, 1 / 4)  # of an expert's levels: 1/16 of all of them at either side, :tiny
 
 
 def get_config(variant="tiny"):
@@ -141,6 +142,7 @@ def tiny():
     config.shared = tiny_base(steps=1000, batch_size=32)
     for i, (name, share, batch) in enumerate(zip(EXPERTS, SHARES, BATCHES, strict=True)):
         config[name] = branch(tiny_base(1000 * share // batch, batch), TINY_TREE, i)
+        config[name].margin = MARGINS[i]
     config.finish = joined()
     return config
 

@@ -59,15 +59,15 @@ def test_the_plan_trains_every_stage_and_joins_them(run):
     assert set(report["losses"]) == {"base"}
     found = report["losses"]["base"]
     names = [row["expert"] for row in found["bins"]]
-    assert names == ["E[3,0]", "C[0.125,0.5]", "E[1,1]"]
+    assert names == ["E[3,0]", "C[0.125,0.75]", "C[0.125,0.75]", "E[2,3]"]
     edges = [row["quantiles"] for row in found["bins"]]
-    assert edges == [[0, 0.125], [0.125, 0.5], [0.5, 1]]
+    assert edges == [[0, 0.125], [0.125, 0.5], [0.5, 0.75], [0.75, 1]]
     mass = np.array([b - a for a, b in edges])
     losses = np.array([row["result"] for row in found["bins"]])
     assert np.isfinite(losses).all()
     assert found["total"]["result"] == pytest.approx(float(mass @ losses), rel=1e-6)
     text = (run / "report.md").read_text()
-    assert "E[1,1]" in text
+    assert "E[2,3]" in text
     with Image.open(run / "pictures.png") as picture:
         assert picture.size == (8 * 32, 32)
 
@@ -103,7 +103,7 @@ def test_copies_of_the_parent_have_its_loss_in_every_interval(run):
         "base", 16, copies, entry["result"].intervals
     )}  # fmt: skip
     found = ediffi_finish.compared(config, same)
-    assert [row["ratio"] for row in found["bins"]] == [1.0] * 3
+    assert [row["ratio"] for row in found["bins"]] == [1.0] * 4
     trained = ediffi_finish.compared(config, entry)
     assert any(row["ratio"] != 1.0 for row in trained["bins"])
 
@@ -127,13 +127,13 @@ def test_a_mixture_draws_its_intervals_at_their_shares():
     quantile = levels.quantile(jax.vmap(mixture.draw)(keys))
     got = [np.mean((quantile >= i.low) & (quantile < i.high)) for i in intervals]
     np.testing.assert_allclose(got, np.array(configs.ediffi.SHARES) / 32, atol=0.015)
-    middle = quantile[(quantile >= 0.125) & (quantile < 0.5)]
-    assert np.mean(middle < 0.3125) == pytest.approx(0.5, abs=0.02)  # the parent's own density
+    middle = quantile[(quantile >= 0.125) & (quantile < 0.75)]
+    assert np.mean(middle < 0.4375) == pytest.approx(0.5, abs=0.02)  # the parent's own density
 
 
 def test_experts_and_one_model_in_small_batches_are_updated_alike():
-    experts, one = configs.ediffi.get_config("tiny"), configs.ediffi.get_config("updates").longer
-    assert sum(experts[n].steps for n in configs.ediffi.EXPERTS) == pytest.approx(one.steps, rel=0.1)
+    tiny, one = configs.ediffi.get_config("tiny"), configs.ediffi.get_config("updates").longer
+    assert sum(tiny[n].steps for n in configs.ediffi.EXPERTS) == pytest.approx(one.steps, rel=0.1)
 
 
 def test_controls_and_experts_side_by_side_are_one_key_away(tmp_path):
