@@ -236,9 +236,9 @@ def _heads_backward(kept, g_BHxNxMxD):
             sums_DxS = sums_DxS[0] + g_k_DxS, sums_DxS[1] + g_v_DxS
             return sums_DxS, (g_logits.astype(dtype) @ k_SxD, g_bias)
 
-        zeros = jnp.zeros((2, *k_SxD.T.shape), jnp.float32)
+        zeros = jnp.zeros(k_SxD.T.shape, jnp.float32)
         blocks = q_NxMxD, bias_NxQxS, *outputs, g_NxMxD
-        (g_k_DxS, g_v_DxS), (g_q, g_bias) = jax.lax.scan(one_block, (zeros[0], zeros[1]), blocks)
+        (g_k_DxS, g_v_DxS), (g_q, g_bias) = jax.lax.scan(one_block, (zeros, zeros), blocks)
         return g_q, g_k_DxS.astype(dtype), g_v_DxS.astype(dtype), g_bias
 
     g_q, g_k, g_v, g_bias = jax.lax.map(one_head, (kept, g_BHxNxMxD))
