@@ -22,11 +22,12 @@ Run:
   python -m train --config=configs/sd.py --workdir=runs/sd            # :tiny
   python -m train --config=configs/sd.py:smoke --workdir=runs/smoke   # tests the plumbing
   python -m train --config=configs/sd.py --workdir=runs/sd --resume   # go on
+  python -m train --config=configs/sd.py --workdir=runs/longer --config.init_path=runs/sd/export
 The result, a directory that diffusers' StableDiffusionPipeline opens, is `runs/sd/export`: the base
 of `configs/controlnet_xs.py`.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 from configs import common
 
@@ -52,6 +53,7 @@ def tiny():
     config.save_every = 500
     config.sample_every = 1000
     config.vae_path = "{assets}/pixart_tiny/vae"
+    config.init_path = config_dict.placeholder(str)  # of a pipeline to train on
     config.caption_dropout = 0.1
     config.guidance_scale = 3.0  # of the pictures that a run draws
     config.data = common.data()

@@ -312,7 +312,8 @@ def denoiser(config):
         return {"text_encoder": text_params, "transformer": params}
 
     if config.get("init_path"):
-        init = start_from(config.init_path, init, joint)
+        parts = ("text_encoder", "transformer") if joint else "transformer"
+        init = start_from(config.init_path, init, parts)
     if "word_order" in terms:
         init = word_order.with_heads(init, text)
     if "layout" in terms:
@@ -336,13 +337,16 @@ def denoiser(config):
     return Task(objective, init, loader, encode, encoders, frozen, sample, export)
 
 
-def start_from(path, init, joint):
-    """Parameters of the pipeline at `path` in place of `init`'s, which they must be like."""
+def start_from(path, init, parts):
+    """Parameters of the pipeline at `path` in place of `init`'s, which they must be like.
+
+    `parts`: the name of its only component, or the names of those that are trained together.
+    """
     from cnxs_jax.pipelines.load import read_model
 
-    found = read_model(path, "transformer")[1]
-    if joint:
-        found = {"text_encoder": read_model(path, "text_encoder")[1], "transformer": found}
+    together = (parts,) if isinstance(parts, str) else parts
+    found = {part: read_model(path, part)[1] for part in together}
+    found = found[parts] if isinstance(parts, str) else found
     wanted = tree.flatten(jax.eval_shape(init, jax.random.key(0)))
     given = tree.flatten(found)
     for name in sorted(wanted.keys() | given.keys()):

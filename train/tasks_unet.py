@@ -38,7 +38,7 @@ from train.parts import (
     scheduler_config,
     with_text_encoder,
 )
-from train.tasks import DENOISE, check_range, frozen_part
+from train.tasks import DENOISE, check_range, frozen_part, start_from
 
 OBJECTIVE = {name: rule for name, rule in DENOISE.items() if name != "learned_range"}
 XS = {
@@ -54,6 +54,7 @@ KEYS = {
     "base": {
         "data": inputs.KEYS,
         "vae_path": validate.text,
+        "init_path": validate.Optional(validate.text),
         "unet": fields(UNet),
         "text_encoder": fields(CLIPTextModel),
         "caption_dropout": validate.number(0, 1),
@@ -141,7 +142,8 @@ CONFLICTS = {"base": check_base, "controller": check_controller}
 def base(config):
     """Trains a UNet and its CLIP text encoder; exports a StableDiffusionPipeline.
 
-    With `layout` its features learn what stands where (`train.layout`).
+    With `init_path`, a pipeline directory, they start as that pipeline's; with `layout` the UNet's
+    features learn what stands where (`train.layout`).
     """
     from cnxs_jax.pipelines.load import read_model
 
@@ -169,6 +171,8 @@ def base(config):
         ids = families.clip_text_example(text)
         return {"unet": zeroed(params), "text_encoder": text.init(key_text, *ids)["params"]}
 
+    if config.get("init_path"):
+        init = start_from(config.init_path, init, ("unet", "text_encoder"))
     run = sampling.denoiser(unet)
     if terms:
         run, concepts = layout.tapped_unet(unet), len(inputs.world(config).concepts)

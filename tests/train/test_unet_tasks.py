@@ -296,6 +296,21 @@ def test_what_does_not_fit_the_base_is_named(base, key, value, message):
         loop.build_task(config)
 
 
+def test_a_base_is_trained_on_from_a_pipeline():
+    """The recipe's sizes are those of the shipped base, which it made."""
+    config = loop.expand(configs.sd.get_config(), ROOT)
+    config.init_path = str(ROOT / "cnxs_jax" / "assets" / "sd_tiny")
+    params = loop.build_task(config).params
+    assert params.keys() == {"unet", "text_encoder", "layout"}
+    for part in ("unet", "text_encoder"):
+        shipped = trees.flatten(cnxs_jax.load_model(config.init_path, part)[1])
+        jax.tree.map(np.testing.assert_array_equal, trees.flatten(params[part]), shipped)
+    config.unet.block_out_channels = (48, 96, 96)
+    config.unet.attention_head_dim = (2, 3, 3)
+    with pytest.raises(ConfigError, match="init_path"):
+        loop.build_task(config)
+
+
 @pytest.mark.parametrize(
     ("part", "change", "message"),
     [
