@@ -36,6 +36,7 @@ class Case:
     calls = 1
 
     def __init__(self, size="full", steps=4, dtype="float32"):
+        self.full_size = size == "full"
         self.config = dict(self.full if size == "full" else self.tiny)
         self.given = {k: self.config.pop(k) for k in ("tokens", "side") if k in self.config}
         self.steps, self.dtype = steps, jnp.dtype(dtype)

@@ -5,6 +5,7 @@ Only the benchmark, a command above both `eval` and `train`, reads this.
 
 from eval import benchmark_control as controlled
 from eval import benchmark_networks as networks
+from eval import benchmark_operations as operations
 from eval import benchmark_steps as steps
 from eval.benchmark_pipeline import PixArtWithText
 
@@ -20,6 +21,8 @@ CASES = {
     "unet_sd15_512": networks.UNet,
     "controlnet_xs_sd15_512": controlled.ControlNetXSUNet,
     "controlnet_sd15_512": controlled.ControlNetUNet,
+    "operations_sd15_512": operations.UNetOperations,
+    "operations_xl_512": operations.DiTOperations,
     "denoise_step_xl_512": steps.DenoiseStep,
     "lcd_step_xl_512": steps.LCDStep,
     "lcd_step_xl_512_deep": steps.LCDFullStep,

@@ -2,7 +2,7 @@
 
   python -m eval.ediffi --cascade=runs/cascade/export --out=runs/ediffi_studies
       attention   attention to text against noise, and a prompt that is switched on the way
-      painting    placement against the weight of painted words
+      painting    placement against the weight of painted words; of any pipeline of 64 px
       style       a reference picture's style
       encoders    T5, CLIP or both, on short and long captions
   python -m eval.ediffi --study=experts --runs=runs/arms --seeds=0,1,2 \\
@@ -36,7 +36,9 @@ TITLES = {
     "style": "(d) A reference picture's style",
     "encoders": "(e) Which encoder",
 }
-CASCADE = flags.DEFINE_string("cascade", None, "Pipeline directory of a cascade to 64 px.")
+CASCADE = flags.DEFINE_string(
+    "cascade", None, "Pipeline directory of a cascade to 64 px; for painting any pipeline's."
+)
 STUDY = flags.DEFINE_list(
     "study", list(OF_A_CASCADE), f"Which: {', '.join(OF_A_CASCADE)}, experts."
 )
@@ -69,23 +71,25 @@ def settings(name):
     }
 
 
-def opened():
-    """The cascade, or None without --cascade."""
+def opened(name):
+    """The pipeline of a study, or None without --cascade."""
     if not CASCADE.value:
         return None
     pipe = cnxs_jax.load_pipeline(CASCADE.value)
-    if getattr(pipe, "stages", None) is None or pipe.sizes(None, None)[0] != (64, 64):
-        raise errors.ConfigError("no cascade to 64 px", "--cascade", "train configs/ediffi.py")
+    if pipe.sizes(None, None)[0] != (64, 64):
+        raise errors.ConfigError("no pipeline that draws 64 px", "--cascade")
+    if name != "painting" and getattr(pipe, "stages", None) is None:
+        raise errors.ConfigError(f"{name} needs a cascade", "--cascade", "train configs/ediffi.py")
     return pipe
 
 
 def function(name):
     """`() -> (figures, shown)` of a study."""
     if name != "experts":
-        return lambda: OF_A_CASCADE[name](opened(), NUMBER.value, SEED.value)
+        return lambda: OF_A_CASCADE[name](opened(name), NUMBER.value, SEED.value)
     seeds = study.check_seeds(SEEDS.value)
     runs, more = (RUNS.value, ARMS.value, seeds), (CLIP.value, TRAIN.value)
-    return lambda: experts.study(*runs, opened(), NUMBER.value, *more)
+    return lambda: experts.study(*runs, opened(name), NUMBER.value, *more)
 
 
 def check():
