@@ -188,11 +188,18 @@ def test_the_original_names(model):
 
 @pytest.mark.slow
 def test_the_published_size(tmp_path):
-    """A minute and 4 GB. The sizes of a file without a config are these, in both layouts."""
+    """A minute and 4 GB. The sizes of a file without a config are these, in both layouts.
+
+    The blocks of the ResNet add less than they keep, as in a trained network.
+    """
     backbone = BACKBONE | PUBLISHED_BACKBONE
     theirs = transformers.DPTConfig(is_hybrid=True, backbone_config=backbone, **PUBLISHED)
     model = full_size.on_meta(lambda: transformers.DPTForDepthEstimation(theirs))
     model = lifted(model)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if ".norm3.weight" in name:  # as drawn, 16 blocks make PyTorch's own rounding 5e-5
+                p.mul_(0.25)
     count = {name: p.numel() for name, p in model.named_parameters()}
     unused = sum(n for name, n in count.items() if UNUSED.match(name))
     torch.save(original(model.state_dict()), tmp_path / "dpt_hybrid.pt")
