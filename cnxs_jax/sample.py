@@ -15,7 +15,7 @@ from cnxs_jax.errors import ConfigError, run_main
 DEFAULT_MODEL = pathlib.Path(__file__).parent / "assets" / "pixart_tiny"
 LINES = DEFAULT_MODEL.with_name("pixart_tiny_control")  # follows lines on DEFAULT_MODEL
 MAX_IMAGES = 64
-HINTS = ("canny", "hed")  # what `control.hints` makes of any picture
+HINTS = ("canny", "hed", "midas")  # what `control.hints` makes of any picture
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,7 +41,8 @@ def parse(argv=None):
     add("--width", type=int, help="pixels (default: the model's)")
     add("--control", help="directory or file of a controller; it needs --image")
     add("--image", help="its control picture, such as white lines on black")
-    add("--hint", choices=HINTS, help="show it the edges of --image instead")
+    add("--hint", choices=HINTS, help="show it the edges or the depth of --image instead")
+    add("--hint_path", help="weights of hed, if not the installed ones, or midas")
     add("--lora", action="append", metavar="PATH[:FACTOR]", help="adapter to merge; again for more")
     add("--scheduler", help="ddim, ddpm, euler, dpmpp, deis or lcm (default: the model's)")
     add("--dtype", help="float32 or bfloat16 (default: float32)")
@@ -82,6 +83,11 @@ def _check(args):
         raise ConfigError("no such file", args.image, "--image: a picture")
     if args.hint and args.image is None:
         raise ConfigError("there is no picture to find edges in", "--hint", "give --image")
+    if args.hint_path is not None and args.hint not in ("hed", "midas"):
+        raise ConfigError("no hint reads these weights", "--hint_path", "give --hint=hed or midas")
+    if args.hint == "midas" and args.hint_path is None:
+        what, fix = "midas has no weights of its own", "give --hint_path, see docs/controller.md"
+        raise ConfigError(what, "--hint", fix)
     args.lora = [adapter(text) for text in args.lora or ()]
     if args.guidance is not None and not (math.isfinite(args.guidance) and args.guidance >= 0):
         raise ConfigError(f"expected a number of 0 or more, got {args.guidance}", "--guidance")
@@ -133,13 +139,15 @@ def main(argv=None):
 
 
 def control_picture(args, height, width):
-    """uint8 [height, width, 3]: `--image` scaled to cover and cut, or its edges (`--hint`)."""
+    """uint8 [height, width, 3]: `--image` scaled to cover and cut, or what `--hint` draws of it."""
     from cnxs_jax.control import hints
     from cnxs_jax.data import image_folder
 
     with image_folder.opened(args.image) as picture:
         pixels = image_folder.covered(image_folder.turned(picture), height, width)
-    return pixels if args.hint is None else hints.picture({"image": pixels}, args.hint)
+    if args.hint is None:
+        return pixels
+    return hints.picture({"image": pixels}, args.hint, path=args.hint_path)
 
 
 def _paths(out, count):

@@ -21,7 +21,8 @@ Where this recipe differs, and why:
     3.3), so that guidance works; the released data set has no captions at all. :tiny drops 10 %.
   - the hint is Canny, whose two thresholds are drawn for each picture in every epoch; in :tiny the
     exact edges.
-    `data.hint`: canny, hed (any pictures), lines, depth, segmentation (scenes only).
+    `data.hint`: canny, hed, midas (any pictures), lines, depth, segmentation (scenes only). The
+    published depth models follow midas, whose weights are `data.hint_path`.
   - the base gets no gradients; the released code computes them and throws them away.
   - :tiny has batches of 16 and a rate of 1e-3: the published rates belong to other sizes.
 
@@ -93,7 +94,9 @@ def published():
     config.objective.prediction = "epsilon"
     config.data = common.any_data("image_folder")
     config.data.hint = "canny"
-    config.data.hint_path = config_dict.placeholder(str)  # HED's weights, if not the installed ones
+    config.data.hint_path = config_dict.placeholder(
+        str
+    )  # weights of hed, if not the installed ones, or midas
     config.log_every = 50
     config.save_every = 1000
     config.sample_every = 1000

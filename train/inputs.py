@@ -39,8 +39,8 @@ class Hinted:
     """A source whose examples have a control picture beside the image: `hint` uint8 [H,W,3].
 
     Canny's thresholds are drawn for each example from its index and the epoch, so that a resumed
-    run sees the same. `[index]` is the example of the first epoch. HED's weights are those of
-    `path`.
+    run sees the same. `[index]` is the example of the first epoch. `path` are the weights of a
+    hint that a network draws.
     """
 
     varies = True  # from epoch to epoch: see `pipeline.example`
@@ -78,13 +78,20 @@ class Hinted:
 
 
 def check_hint(data, where):
-    """Raises ConfigError for a control picture that the source of `data` cannot have."""
+    """Raises ConfigError for a control picture that the source of `data` cannot have.
+
+    And for weights that are missing, or given for a hint that no network draws.
+    """
     name, source = data["hint"], data["source"]
-    if hints.named(name).source != "image" and source not in (*pipeline.WORLDS, "features"):
+    hint, path = hints.named(name), data.get("hint_path")
+    if hint.source != "image" and source not in (*pipeline.WORLDS, "features"):
         what = f"{source} has no exact {name}, which only the scenes know"
-        raise ConfigError(what, f"{where}.hint", 'set it to "canny" or "hed"')
-    if data.get("hint_path") and name != "hed":
+        raise ConfigError(what, f"{where}.hint", 'set it to "canny", "hed" or "midas"')
+    if path and hint.weights is None:
         raise ConfigError(f"{name} has no weights", f"{where}.hint_path", "leave it out")
+    if not path and hint.weights is not None and hint.weights.PACKAGE is None:
+        what = f"the hint {name!r} needs the weights of its network"
+        raise ConfigError(what, f"{where}.hint_path", hint.weights.INSTALL)
 
 
 def wants_truth(keys):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cnxs_jax.convert import hed
+from cnxs_jax.control import hints
 from cnxs_jax.data.features import read_empty, weights_hash
 from cnxs_jax.errors import ConfigError, did_you_mean
 from cnxs_jax.models.dit import PixArt
@@ -148,8 +148,9 @@ def encoder_hashes(path):
 def cache_settings(config, path, hint):
     """What a cache of `config`'s features must have been made with."""
     data, hashes = config.data, encoder_hashes(path)
-    if hint is not None and data.hint == "hed":
-        hashes["hed"] = hed.digest(data.get("hint_path"))
+    drawn_by = None if hint is None else hints.named(data.hint).weights
+    if drawn_by is not None:
+        hashes[data.hint] = drawn_by.digest(data.get("hint_path"))
     return {
         "encoders": hashes,
         "dtype": config.get("dtype") or "float32",

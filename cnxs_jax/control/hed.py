@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cnxs_jax.control import annotators
 from cnxs_jax.convert import hed as weights
-from cnxs_jax.errors import ConfigError
 
 SMALLEST = 256  # px: the detector has seen photographs, and finds nothing in thumbnails
 
@@ -28,12 +28,6 @@ def detect(module, params, images):
     return edges.reshape(batch, height, times, width, times).mean((2, 4))
 
 
-@functools.cache
-def _opened(path):
-    module, params = weights.load(path)
-    return module, jax.device_put(params)
-
-
 def edges(images, path=None):
     """HED edges float32 [B,H,W], numpy, of uint8 pictures [B,H,W,3]; the weights are read once.
 
@@ -41,8 +35,6 @@ def edges(images, path=None):
         ConfigError: no uint8 pictures.
         CheckpointError: as `convert.hed.load`.
     """
-    images = np.asarray(images)
-    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
-        what = f"expected uint8 pictures [B,H,W,3], got {images.dtype} {list(images.shape)}"
-        raise ConfigError(what, "hed")
-    return np.asarray(detect(*_opened(str(weights.find(path))), images))
+    images = annotators.check_pictures(images, "hed")
+    module, params = annotators.opened(weights.load, str(weights.find(path)))
+    return np.asarray(detect(module, params, images))

@@ -2,15 +2,19 @@
 
 Every hint is a function `hint(arrays [B,H,W,...]) -> float32 [B,H,W,3] in [0, 1]` of numpy arrays,
 three equal channels except for segmentation. `HINTS` says by name which key of a raw example it
-reads: `canny` and `hed` read pictures; the others read the exact truth of a scene, so that control
-can be measured against what is known.
+reads: `canny`, `hed` and `midas` read pictures; the others read the exact truth of a scene, so that
+control can be measured against what is known.
 """
 
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from cnxs_jax.control import annotators
 from cnxs_jax.control import hed as detector
+from cnxs_jax.control import midas as estimator
+from cnxs_jax.convert import hed as hed_weights
+from cnxs_jax.convert import midas as midas_weights
 from cnxs_jax.errors import ConfigError, did_you_mean
 
 # Training draws both thresholds from these ranges for each picture (ControlNet-XS's Canny models).
@@ -33,10 +37,15 @@ PALETTE = np.array(
 
 
 class Hint(NamedTuple):
-    """The key of a raw example that a hint reads, and its function."""
+    """The key of a raw example that a hint reads, and its function.
+
+    `weights`: of a hint that a network draws, the module of `convert` that reads them. Such a hint
+    takes their `path`, which may be None where the module names a package that can hold them.
+    """
 
     source: str
     draw: Any
+    weights: Any = None
 
 
 def line_art(edges):
@@ -64,11 +73,13 @@ def segmentation(labels):
 def picture(example, name, rng=None, path=None):
     """The control picture uint8 [H,W,3] of a raw example.
 
-    `rng` draws the thresholds of `canny`, `path` are the weights of `hed`.
+    `rng` draws the thresholds of `canny`, `path` are the weights of `hed` and `midas`.
     """
     hint = named(name)
     given = label_map(example["masks"]) if hint.source == "labels" else example[hint.source]
-    options = {"canny": {"rng": rng}, "hed": {"path": path}}.get(name, {})
+    options = {} if hint.weights is None else {"path": path}
+    if name == "canny":
+        options = {"rng": rng}
     return np.round(255 * hint.draw(given[None], **options)[0]).astype(np.uint8)
 
 
@@ -90,6 +101,19 @@ def hed(images, path=None):
     return _three_channels(detector.edges(images, path))
 
 
+def midas(images, path=None):
+    """MiDaS depth (Ranftl et al. 2021, DPT-hybrid) of uint8 pictures [B,H,W,3], nearer is brighter.
+
+    Each picture's values go from 0 to 1.
+
+    Args:
+        path: the network's weights (`cnxs_jax.convert.midas`); no package holds them.
+
+    Raises ConfigError and CheckpointError as `control.midas.depth` does.
+    """
+    return _three_channels(estimator.depth(images, path))
+
+
 def canny(images, low=100, high=200, rng=None):
     """Canny edges (Canny 1986) of uint8 pictures [B,H,W,3], as OpenCV computes them.
 
@@ -105,10 +129,7 @@ def canny(images, low=100, high=200, rng=None):
     Raises:
         ConfigError: no uint8 pictures, or low above high.
     """
-    images = np.asarray(images)
-    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
-        what = f"expected uint8 pictures [B,H,W,3], got {images.dtype} {list(images.shape)}"
-        raise ConfigError(what, "canny")
+    images = annotators.check_pictures(images, "canny")
     if not 0 <= low <= high:
         raise ConfigError(f"thresholds need 0 <= low <= high, got {low} and {high}", "canny")
     edges = np.zeros(images.shape[:3], bool)
@@ -178,7 +199,8 @@ def _three_channels(values_BxHxW):
 
 HINTS = {
     "canny": Hint("image", canny),
-    "hed": Hint("image", hed),
+    "hed": Hint("image", hed, hed_weights),
+    "midas": Hint("image", midas, midas_weights),
     "lines": Hint("edges", line_art),
     "depth": Hint("depth", depth),
     "segmentation": Hint("labels", segmentation),

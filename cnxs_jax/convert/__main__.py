@@ -90,13 +90,13 @@ def is_pipeline(path):
 
 def show(args):
     """Prints the tensors of a file or component without loading them."""
-    from cnxs_jax.convert.files import read_tensors
-    from cnxs_jax.pipelines.load import component_directory, find_weights
+    from cnxs_jax.convert import files
+    from cnxs_jax.pipelines.load import component_directory
 
     source, which = pathlib.Path(args.src), args.component
     if source.is_dir():
-        source, which = find_weights(component_directory(source, which)), None
-    tensors = read_tensors(source, which)
+        source, which = files.find_weights(component_directory(source, which)), None
+    tensors = files.read_tensors(source, which)
     for key, array in sorted(tensors.items()):
         print(f"{key}  {array.dtype}  {list(array.shape)}")
     print(f"{len(tensors)} tensors, {sum(a.size for a in tensors.values()):,} numbers")

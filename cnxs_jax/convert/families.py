@@ -293,12 +293,7 @@ def build(family, config, where, dtype=None):
     Config keys that are no fields are ignored. Raises ConfigError for values that this module
     cannot honour.
     """
-    for key, allowed in family.supported.items():
-        given = config.get(key, allowed[0])
-        values = given if isinstance(given, list | tuple) else [given]
-        bad = [v for v in values if v not in allowed]
-        if bad:
-            raise ConfigError(f"{key} = {bad[0]!r} is not supported, only {allowed}", where)
+    check_supported(config, family.supported, where)
     cls = family.load()
     fields = {
         f.name: check_value(f.name, config[f.name], f.type, where)
@@ -315,6 +310,16 @@ def build(family, config, where, dtype=None):
     except Exception as error:  # whatever flax or jax say to impossible sizes
         raise ConfigError(f"no model of this config: {str(error)[:300]}", where) from None
     return module, target
+
+
+def check_supported(config, supported, where):
+    """Raises ConfigError for a value of a config that is not among those of {key: allowed}."""
+    for key, allowed in supported.items():
+        given = config.get(key, allowed[0])
+        values = given if isinstance(given, list | tuple) else [given]
+        bad = [v for v in values if v not in allowed]
+        if bad:
+            raise ConfigError(f"{key} = {bad[0]!r} is not supported, only {allowed}", where)
 
 
 def shapes(module):

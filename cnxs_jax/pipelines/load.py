@@ -1,6 +1,5 @@
 """Opens and writes one network: `load_model`, `save_model`."""
 
-import json
 import os
 import warnings
 from pathlib import Path
@@ -23,16 +22,7 @@ from cnxs_jax.convert import quantize as int8
 from cnxs_jax.errors import CheckpointError, ConfigError, did_you_mean
 from cnxs_jax.storage import replacing, write_json
 
-STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
-ENDINGS = (
-    ".safetensors",
-    ".safetensors.index.json",
-    ".fp16.safetensors",
-    ".bin",
-    ".bin.index.json",
-)
 NULL_FILE = "null_caption.safetensors"
-MAX_CONFIG = 2**20
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -100,7 +90,7 @@ def abstract_model(path, component=None, dtype=None):
     if not path.is_dir():
         raise CheckpointError("there is no such directory", str(path))
     where = component_directory(path, component) / "config.json"
-    given = read_config(where)
+    given = files.read_config(where)
     family = families.family_of(given, str(where))
     return families.build(family, given, str(where), check_dtype(dtype))
 
@@ -108,17 +98,18 @@ def abstract_model(path, component=None, dtype=None):
 def open_model(path, component=None, config=None, dtype=None):
     """`(module, target shapes, tensors, table, file)`: everything but the conversion."""
     path = Path(path)
-    given = read_config(config) if config is not None else {}
+    given = files.read_config(config) if config is not None else {}
     if path.is_dir():
         directory = component_directory(path, component)
         where = directory / "config.json"
-        given, weights, which = {**read_config(where), **given}, find_weights(directory), None
+        given = {**files.read_config(where), **given}
+        weights, which = files.find_weights(directory), None
     elif path.is_file():
         weights, which = path, component
         where = config if isinstance(config, str | os.PathLike) else path
         if not given and (path.parent / "config.json").is_file():
             where = path.parent / "config.json"
-            given = read_config(where)
+            given = files.read_config(where)
     else:
         raise CheckpointError("there is no such file or directory", str(path))
     tensors, part = read_component(weights, which)
@@ -214,34 +205,6 @@ def component_directory(path, component):
         return path / component
     what = f"no component {component!r}, there are: {', '.join(names) or 'none'}."
     raise ConfigError(what + did_you_mean(component, names), str(path))
-
-
-def find_weights(directory):
-    """The weight file or index of a component directory; safetensors before pickles."""
-    names = [stem + ending for ending in ENDINGS for stem in STEMS]
-    for name in names:
-        if (directory / name).is_file():
-            return directory / name
-    have = sorted(p.name for p in directory.iterdir())[:20]
-    raise CheckpointError(
-        f"no weights, only {', '.join(have)}", str(directory), f"expected one of {', '.join(names)}"
-    )
-
-
-def read_config(config):
-    """A dict, as it is or from a JSON file."""
-    if isinstance(config, dict):
-        return config
-    try:
-        data = Path(config).read_bytes()
-        content = json.loads(data) if len(data) <= MAX_CONFIG else None
-    except OSError as error:
-        raise ConfigError(f"the config cannot be read: {error.strerror}", str(config)) from None
-    except (ValueError, RecursionError, TypeError) as error:
-        raise ConfigError(f"the config is no JSON: {error}", str(config)) from None
-    if not isinstance(content, dict):
-        raise ConfigError("the config is no table of names and values", str(config))
-    return content
 
 
 def check_dtype(dtype):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from cnxs_jax.convert import controlnet_xs, families, files, rules
 from cnxs_jax.convert import controlnet_xs_fused as fused
-from cnxs_jax.pipelines.load import make_directory, read_config
+from cnxs_jax.pipelines.load import make_directory
 from cnxs_jax.storage import write_json
 
 FILE = "diffusion_pytorch_model.safetensors"
@@ -20,7 +20,7 @@ def is_fused(path):
     """
     path = Path(path)
     config = (path if path.is_dir() else path.parent) / "config.json"
-    return config.is_file() and read_config(config).get("_class_name") == FUSED
+    return config.is_file() and files.read_config(config).get("_class_name") == FUSED
 
 
 def save_fused(base, control, directory, dtype=None):

@@ -15,7 +15,6 @@ import numpy as np
 from cnxs_jax.convert import families, files, rules
 from cnxs_jax.data import image_folder
 from cnxs_jax.errors import CheckpointError, first_line
-from cnxs_jax.pipelines import load
 from eval.metrics import inputs
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
@@ -82,10 +81,10 @@ def load_clip(directory):
     directory = Path(directory)
     if not (directory / "config.json").is_file():
         raise CheckpointError("no CLIP there (no config.json)", str(directory), LAYOUT)
-    config = load.read_config(directory / "config.json")
+    config = files.read_config(directory / "config.json")
     if not {"text_config", "vision_config"} <= set(config):
         raise CheckpointError("the config has not both towers", str(directory), LAYOUT)
-    tensors = files.read_tensors(load.find_weights(directory))
+    tensors = files.read_tensors(files.find_weights(directory))
     text = _tower(tensors, config, "text", "CLIPTextModelWithProjection", directory)
     image = _tower(tensors, config, "visual", "CLIPVisionModelWithProjection", directory)
     return Clip(text, image, _tokenizer(directory))

@@ -11,7 +11,9 @@ import pytest
 from PIL import Image
 
 from cnxs_jax import sample
+from cnxs_jax.control import hints
 from cnxs_jax.errors import CheckpointError, ConfigError
+from tests.control import estimator
 
 GOOD = ["--prompt=a fox", "--out=x.png"]
 BAD = [
@@ -42,6 +44,8 @@ BAD = [
     [*GOOD, "--control=adapter", "--image=nowhere.png"],
     [*GOOD, "--hint=canny"],
     [*GOOD, "--hint=lines", "--control=a", f"--image={__file__}"],
+    [*GOOD, "--hint=midas", "--control=a", f"--image={__file__}"],
+    [*GOOD, "--hint=canny", "--hint_path=b", "--control=a", f"--image={__file__}"],
     [*GOOD, "stray"],
 ]
 
@@ -117,7 +121,7 @@ def test_the_control_picture_is_cut_to_size_or_shows_its_edges(tmp_path):
     photo = Image.new("RGB", (256, 128), (40, 40, 40))
     photo.paste((240, 240, 240), (96, 32, 160, 96))
     photo.save(tmp_path / "photo.png")
-    args = argparse.Namespace(image=str(tmp_path / "photo.png"), hint=None)
+    args = argparse.Namespace(image=str(tmp_path / "photo.png"), hint=None, hint_path=None)
     plain = sample.control_picture(args, 64, 64)
     assert plain.shape == (64, 64, 3)
     assert plain[32, 32].tolist() == [240] * 3
@@ -130,3 +134,7 @@ def test_the_control_picture_is_cut_to_size_or_shows_its_edges(tmp_path):
         assert abs(found.min() - 15.5) <= 1
         assert abs(found.max() - 47.5) <= 1
     assert not lines[20:44, 20:44].any()
+    args.hint, args.hint_path = "midas", str(estimator.write(tmp_path / "midas"))
+    depth = sample.control_picture(args, 64, 64)
+    expected = hints.midas(plain[None], args.hint_path)[0]
+    np.testing.assert_array_equal(depth, np.round(255 * expected))

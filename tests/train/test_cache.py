@@ -12,10 +12,10 @@ import cnxs_jax
 import configs.pixart_lcm
 from cnxs_jax.data import features, image_folder, pipeline
 from cnxs_jax.errors import ConfigError, DataError
-from tests.control import detector
+from tests.control import detector, estimator
 from tests.pipelines import tiny
 from tests.train.test_control_tasks import control_config, lora_config
-from train import cache, log, loop, optimizer, report
+from train import cache, log, loop, networks, optimizer, report
 from train.step import init_state, make_step
 
 pytestmark = pytest.mark.filterwarnings("ignore:caption has")
@@ -214,6 +214,17 @@ def test_features_of_another_detector_are_refused(base, photos, tmp_path):
     changed.data.hint, changed.data.hint_path = "canny", None
     with pytest.raises(DataError, match="stale: .*hed"):
         loop.build_task(changed)
+
+
+def test_midas_weights_are_part_of_what_a_cache_was_made_with(base, photos, tmp_path):
+    config, made = control_config(base), []
+    for seed in (0, 0, 1):
+        path = estimator.write(tmp_path / str(len(made)), seed)
+        config.data.update(source="image_folder", root=str(photos), hint="midas")
+        config.data.hint_path = str(path)
+        made.append(networks.cache_settings(config, str(base), "hint")["encoders"])
+    assert made[0] == made[1]
+    assert {key for key in made[0] if made[0][key] != made[2][key]} == {"midas"}
 
 
 def test_incomplete_and_mixed_caches_are_refused(stored, tmp_path):

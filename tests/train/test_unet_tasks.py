@@ -22,7 +22,7 @@ from cnxs_jax.convert import controlnet_xs as layouts
 from cnxs_jax.diffusion import sampling
 from cnxs_jax.errors import ConfigError
 from cnxs_jax.pipelines import request as requests
-from tests.control import detector
+from tests.control import detector, estimator
 from tests.pipelines import tiny_sd
 from train import (
     abstract,
@@ -228,7 +228,8 @@ def hinted(name, size=32, path=None):
 
 @pytest.mark.parametrize("name", hints.HINTS)
 def test_hints_are_pictures_in_the_range_of_bytes(name, tmp_path):
-    source = hinted(name, path=str(detector.write(tmp_path)) if name == "hed" else None)
+    write = {"hed": detector.write, "midas": estimator.write}.get(name)
+    source = hinted(name, path=None if write is None else str(write(tmp_path)))
     example = source[3]
     assert example["hint"].dtype == np.uint8
     assert example["hint"].shape == (32, 32, 3)
@@ -254,6 +255,8 @@ def test_hints_are_pictures_in_the_range_of_bytes(name, tmp_path):
         ("control.time_embedding_mix", 0.0, "needs an embedding to mix in"),
         ("data.hint", "edges", "unknown value 'edges'"),
         ("data.hint", None, "unknown value None"),
+        ("data.hint", "midas", r"needs the weights of its network.*\n.*Intel/dpt-hybrid-midas"),
+        ("data.hint_path", "HED.pth", "lines has no weights"),
         ("data.source", "image_folder", "has no exact lines"),
         ("data.source", "features", "not cached features"),
         ("data.buckets", True, "pictures of one size"),
