@@ -26,6 +26,7 @@ from cnxs_jax import tree as trees
 from cnxs_jax.errors import CheckpointError, NumericsError
 from cnxs_jax.fingerprint import fingerprint
 
+UNFINISHED = "*.orbax-checkpoint-tmp*"  # of a save that was killed
 TRASH = "deleted"  # Orbax renames here before it deletes, so a kill leaves no half-deleted step
 
 for _name in ("absl", "orbax"):
@@ -137,14 +138,15 @@ class Checkpoints:
         self._lead = jax.process_index() == 0
         if self._lead:
             self.directory.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(self.directory / TRASH, ignore_errors=True)
+            # Orbax would do it in a thread that a mistake found at once leaves behind, loudly.
+            for left in (self.directory / TRASH, *self.directory.glob(UNFINISHED)):
+                shutil.rmtree(left, ignore_errors=True)
         self._last = None
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=max(max_to_keep, 2),
                 todelete_subdir=TRASH,
-                cleanup_tmp_directories=True,
             ),
         )
 

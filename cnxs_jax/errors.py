@@ -1,6 +1,7 @@
 """One family of errors: what is wrong, where, how to fix it, and a documented exit code."""
 
 import functools
+import pathlib
 import re
 import sys
 
@@ -106,6 +107,11 @@ def parse_flags(argv):
     except (flags.Error, OSError, TypeError, ValueError) as error:
         # No such file or variant, a wrong type; the cause stands in the last line.
         cause = str(error).strip().splitlines()[-1].strip().removeprefix("ValueError: ")
+        if missing := re.search(r"\[Errno 2\].*: '(.+\.py)'", cause):
+            path = pathlib.Path(missing[1])
+            near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.py")])
+            what, fix = f"there is no recipe {path}.{near}", "choose one of configs"
+            raise ConfigError(what, "--config", fix) from None
         raise ConfigError(cause, "command line", "see --help") from None
 
 

@@ -1,4 +1,4 @@
-"""Text to PNG: `python -m cnxs_jax.sample --prompt="a red fox, flat style" --out=fox.png`.
+"""Text to PNG: `python -m cnxs_jax.sample --prompt="a frog, flat style" --out=frog.png`.
 
 Arguments are read and checked before jax is imported, so mistakes and `--help` are quick.
 """
@@ -8,9 +8,10 @@ import math
 import os
 import pathlib
 import sys
+import warnings
 
 from cnxs_jax import __version__
-from cnxs_jax.errors import ConfigError, run_main
+from cnxs_jax.errors import ConfigError, did_you_mean, run_main
 
 DEFAULT_MODEL = pathlib.Path(__file__).parent / "assets" / "pixart_tiny"
 LINES = DEFAULT_MODEL.with_name("pixart_tiny_control")  # follows lines on DEFAULT_MODEL
@@ -28,7 +29,12 @@ class Parser(argparse.ArgumentParser):
 def parse(argv=None):
     """The checked command line; raises ConfigError, imports nothing heavy."""
     parser = Parser(prog="python -m cnxs_jax.sample", description=__doc__, allow_abbrev=False)
-    add = parser.add_argument
+    known = ["--help", "--version"]
+
+    def add(name, **options):
+        known.append(name)
+        parser.add_argument(name, **options)
+
     add("--model", default=str(DEFAULT_MODEL), help="diffusers pipeline directory or hub id")
     add("--prompt", required=True, help="what to draw")
     add("--negative_prompt", help="what not to draw (needs guidance)")
@@ -50,6 +56,11 @@ def parse(argv=None):
     add("--quantize", help='"int8": the text encoder in half the memory')
     add("--vae_tiling", action="store_true", help="decode large pictures in tiles")
     add("--version", action="version", version=__version__)
+    for word in sys.argv[1:] if argv is None else argv:
+        name = word.partition("=")[0]
+        if name.startswith("--") and name not in known:  # before what is missing is told
+            what = f"unknown option {name}.{did_you_mean(name, known)}"
+            raise ConfigError(what, "command line", f"{parser.prog} --help")
     args = parser.parse_args(argv)
     _check(args)
     return args
@@ -80,7 +91,8 @@ def _check(args):
         what = "a controller and its picture go together"
         raise ConfigError(what, "--control, --image", "give both or neither")
     if args.image is not None and not pathlib.Path(args.image).is_file():
-        raise ConfigError("no such file", args.image, "--image: a picture")
+        what = "a folder" if pathlib.Path(args.image).is_dir() else "no such file"
+        raise ConfigError(what, args.image, "--image: give one picture")
     if args.hint and args.image is None:
         raise ConfigError("there is no picture to find edges in", "--hint", "give --image")
     if args.hint_path is not None and args.hint not in ("hed", "midas"):
@@ -105,6 +117,7 @@ def adapter(text):
 def main(argv=None):
     """Parses, samples, writes; returns the exit code."""
     args = parse(argv)
+    warnings.showwarning = tell
     from cnxs_jax.pipelines.images import save_png
     from cnxs_jax.pipelines.pipeline import load_pipeline
 
@@ -136,6 +149,11 @@ def main(argv=None):
         save_png(image, path, {**parameters, "model": args.model, "version": __version__})
         print(path)
     return 0
+
+
+def tell(message, *_, **__):
+    """A warning as one line, without the line of code that it comes from."""
+    print(f"note: {message}", file=sys.stderr)
 
 
 def control_picture(args, height, width):

@@ -254,7 +254,10 @@ class Fit:
     def train(self, start, checkpoints, writer, stop):
         """Steps `start` to `config.steps`, saving as it goes and at the end."""
         config, number = self.config, self.parameters()["trained"]
-        print(f"{number:,} parameters to train on {self.mesh.size} devices", flush=True)
+        on = f"{self.mesh.size} device{'s' if self.mesh.size > 1 else ''}"
+        print(f"{number:,} parameters to train on {on}; first it compiles, a minute or more")
+        if self.task.sample is not None and config.sample_every > config.steps:
+            print(f"no samples are drawn: sample_every is {config.sample_every}", flush=True)
         progress = Progress(config, start, writer)
         with progress:
             for step in range(start + 1, config.steps + 1):
@@ -293,6 +296,7 @@ class Fit:
         temporary.mkdir(parents=True)
         self.task.export(*parts, temporary)
         temporary.replace(workdir / "export")
+        print(f"written: {workdir / 'export'}", flush=True)
         shutil.rmtree(workdir / OLD_EXPORT, ignore_errors=True)
 
 

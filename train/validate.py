@@ -337,6 +337,7 @@ def conflicts(values, where):
         raise ConfigError(
             f"warmup_steps {optim['warmup_steps']} is more than steps {steps}",
             f"{where}.optimizer.warmup_steps",
+            f"set it to a tenth of the steps, {steps // 10}, or train longer",
         )
     for key, users in optimizer.ONLY_OF.items():
         if optim.get(key) and optim["name"] not in users:

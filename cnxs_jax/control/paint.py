@@ -13,7 +13,7 @@ import numpy as np
 from cnxs_jax.errors import ConfigError
 
 WHERE = "word_masks"
-RECOMMENDED_WEIGHT = 0.4  # the best of the weights tried on the embedded models (docs/results/ediff_i.md)
+RECOMMENDED_WEIGHT = 0.2
 OCCURRENCE = re.compile(r"^(.*)#(\d+)$", re.DOTALL)
 
 

@@ -9,6 +9,7 @@ import pathlib
 
 from cnxs_jax.errors import ConfigError, run_main
 
+FILES = (".safetensors", ".pth", ".ckpt", ".bin")
 LAYOUTS = ("diffusers", "official", "fused", "research")
 
 
@@ -35,6 +36,9 @@ def main(argv=None):
         return show(args)
     if args.dst is None:
         raise ConfigError("DST is missing", "command line", "give where to write, or --list")
+    if args.to != "official" and pathlib.Path(args.dst).suffix in FILES:
+        what = f"the layout {args.to} is a directory, {args.dst} sounds like a file"
+        raise ConfigError(what, "DST", "name a directory, or add --to=official for one file")
     if args.component is None and is_pipeline(args.src):
         return convert_pipeline(args)
     module, params = load.load_model(args.src, args.component, args.config)

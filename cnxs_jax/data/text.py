@@ -22,6 +22,7 @@ from cnxs_jax import errors
 from cnxs_jax.storage import write_json
 
 MAX_CHARACTERS = 2000
+QUOTED = 60  # characters of what a warning says is dropped
 MAX_LENGTH = 24  # tokens of an embedded caption, end token included
 LETTERS = string.ascii_lowercase + string.digits + string.punctuation + "ßàáâäåæçèéêëìíîïñòóôöøùúûü"
 LETTER_SCORE = -12.0  # below every word's, so that words win; log probabilities
@@ -139,9 +140,12 @@ def tokenize(tokenizer, captions, max_length=MAX_LENGTH):
         raise errors.ConfigError(f"max_length is {max_length}", "max_length", "use 1 or more")
     ids = np.full((len(captions), max_length), tokenizer.pad_token_id, np.int32)
     mask = np.zeros_like(ids)
-    for row, tokens in enumerate(tokenizer(captions)["input_ids"] if captions else []):
+    # verbose: transformers warns of long texts, too, and of errors that do not come.
+    found = tokenizer(captions, verbose=False)["input_ids"] if captions else []
+    for row, tokens in enumerate(found):
         if len(tokens) > max_length:
             lost = tokenizer.decode(tokens[max_length - 1 : -1])
+            lost = lost if len(lost) <= QUOTED else f"{lost[:QUOTED]}..."
             message = f"caption has {len(tokens)} tokens, limit {max_length}; dropped: {lost!r}"
             warnings.warn(message, stacklevel=2)
             tokens = tokens[: max_length - 1] + tokens[-1:]

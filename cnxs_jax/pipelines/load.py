@@ -191,10 +191,12 @@ def recognise(tensors, config, weights, where):
 
 
 def component_directory(path, component):
-    """The directory of one component; lists them when the choice is open."""
+    """The directory of one component, the only one or named; lists them where that is open."""
     if component in (None, *fused.TABLES) and (path / "config.json").is_file():
         return path
     names = sorted(p.parent.name for p in path.glob("*/config.json"))
+    if component is None and len(names) == 1 and not (path / "model_index.json").is_file():
+        return path / names[0]  # the export of a controller's run
     if component is None and not names:
         fix = "give the directory of one network, or of a pipeline"
         raise ConfigError("the directory has no config.json", str(path), fix)

@@ -141,7 +141,9 @@ def _directory(path):
         return local
     text = str(path)
     if local.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text):
-        raise CheckpointError(f"there is no directory {text!r}", "path")
+        raise CheckpointError(
+            f"there is no directory {text!r}", "model", "train or convert one, or give a hub id"
+        )
     return _from_hub(text)
 
 

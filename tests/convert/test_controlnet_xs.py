@@ -186,6 +186,8 @@ def test_directories_of_the_command_line(tmp_path):
         command.main([adapter, paths[0], "--to=fused"])
     with pytest.raises(ConfigError, match="no layout 'research' of UNet"):
         command.main([str(tmp_path / "base"), paths[1], "--to=research"])
+    with pytest.raises(ConfigError, match="the layout diffusers is a directory"):
+        command.main([adapter, str(tmp_path / "own.safetensors")])
 
 
 @pytest.mark.parametrize("name", layouts.PUBLISHED)

@@ -74,6 +74,14 @@ def test_impossible_configs(saved, changes, words):
     assert words in str(caught.value)
 
 
+def test_the_only_component_of_an_export_needs_no_name(saved, tmp_path):
+    path, _, _ = saved
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "controlnet").symlink_to(path / "transformer")
+    module, _ = load.load_model(tmp_path / "export")
+    assert type(module).__name__ == "PixArt"
+
+
 def test_choices_are_listed(saved):
     path, _, _ = saved
     with pytest.raises(ConfigError, match="several components: transformer"):

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -56,6 +57,28 @@ def test_bad_arguments(arguments):
         sample.parse(arguments)
     assert caught.value.code == 2
     assert caught.value.where
+
+
+def test_a_misspelt_option_is_named_before_what_is_missing():
+    with pytest.raises(ConfigError, match='unknown option --promt. Did you mean "--prompt"'):
+        sample.parse(["--promt=a frog"])
+
+
+def test_a_folder_is_no_control_picture(tmp_path):
+    with pytest.raises(ConfigError, match="a folder"):
+        sample.parse([*GOOD, "--control=somewhere", f"--image={tmp_path}"])
+
+
+def test_a_long_prompt_is_told_in_one_short_line(tmp_path, capfd):
+    """What is dropped is quoted in part, no line of code with it."""
+    words = "a frog and " * 100
+    command = [f"--prompt={words}", f"--out={tmp_path}/x.png", "--steps=1", "--guidance=0"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        sample.main(command)
+    (told,) = capfd.readouterr().err.strip().splitlines()
+    assert told.startswith("note: caption has 301 tokens, limit 120; dropped: ")
+    assert len(told) < 150
 
 
 def test_adapters_have_factors():

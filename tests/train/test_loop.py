@@ -443,7 +443,7 @@ def test_help_and_mistakes_are_one_message(tmp_path):
         ("--config.optimizer.learningrate=1", 'Did you mean "learning_rate"'),
         ("--config.steps=many", "invalid literal"),
         ("--nosuch=1", "nosuch"),
-        ("--config=configs/nope.py", "configs/nope.py"),
+        ("--config=configs/pixart_lmc.py", 'Did you mean "pixart_lcm.py"'),
         ("--config=configs/pixart_lcm.py:tny", "unknown variant 'tny', use one of tiny"),
         ("--workdir=", "give a directory"),
     ],
