@@ -88,9 +88,8 @@ def smallest(module, arguments):
     if module in ("train", "train.plan", "train.cache"):
         arguments = [PUBLISHED.sub(":smoke", a) for a in arguments]
     if module in ("train", "train.cache"):  # what a figure was made with goes the smoke way, too
-        arguments = [
-            a for a in arguments if not a.startswith(("--config.report", "--config.steps"))
-        ]
+        lengths = ("--config.report", "--config.steps", "--config.optimizer.warmup_steps")
+        arguments = [a for a in arguments if not a.startswith(lengths)]
         arguments = [a + ":smoke" if a.startswith("--config=") and ":" not in a else a
                      for a in arguments]  # fmt: skip
         arguments = [a.replace("=/mnt/", "=mnt/") for a in arguments]
