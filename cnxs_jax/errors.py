@@ -109,8 +109,9 @@ def parse_flags(argv):
         cause = str(error).strip().splitlines()[-1].strip().removeprefix("ValueError: ")
         if missing := re.search(r"\[Errno 2\].*: '(.+\.py)'", cause):
             path = pathlib.Path(missing[1])
-            near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.py")])
-            what, fix = f"there is no recipe {path}.{near}", "choose one of configs"
+            there = [p.name for p in sorted(path.parent.glob("[!_]*.py")) if p.stem != "common"]
+            what = f"there is no file {path}.{did_you_mean(path.name, there)}"
+            fix = f"recipes there: {', '.join(there)}" if there else "recipes are in configs"
             raise ConfigError(what, "--config", fix) from None
         raise ConfigError(cause, "command line", "see --help") from None
 

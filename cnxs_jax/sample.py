@@ -7,6 +7,7 @@ import argparse
 import math
 import os
 import pathlib
+import re
 import sys
 import warnings
 
@@ -29,7 +30,7 @@ class Parser(argparse.ArgumentParser):
 def parse(argv=None):
     """The checked command line; raises ConfigError, imports nothing heavy."""
     parser = Parser(prog="python -m cnxs_jax.sample", description=__doc__, allow_abbrev=False)
-    known = ["--help", "--version"]
+    known = ["--help"]
 
     def add(name, **options):
         known.append(name)
@@ -58,7 +59,8 @@ def parse(argv=None):
     add("--version", action="version", version=__version__)
     for word in sys.argv[1:] if argv is None else argv:
         name = word.partition("=")[0]
-        if name.startswith("--") and name not in known:  # before what is missing is told
+        # Before what is missing is told; a prompt may begin with dashes, too.
+        if re.fullmatch(r"--\w+", name) and name not in known:
             what = f"unknown option {name}.{did_you_mean(name, known)}"
             raise ConfigError(what, "command line", f"{parser.prog} --help")
     args = parser.parse_args(argv)
@@ -97,6 +99,8 @@ def _check(args):
         raise ConfigError("there is no picture to find edges in", "--hint", "give --image")
     if args.hint_path is not None and args.hint not in ("hed", "midas"):
         raise ConfigError("no hint reads these weights", "--hint_path", "give --hint=hed or midas")
+    if args.hint_path is not None and not pathlib.Path(args.hint_path).exists():
+        raise ConfigError("there is nothing", args.hint_path, "--hint_path: the network's weights")
     if args.hint == "midas" and args.hint_path is None:
         what, fix = "midas has no weights of its own", "give --hint_path, see docs/controller.md"
         raise ConfigError(what, "--hint", fix)
@@ -117,7 +121,6 @@ def adapter(text):
 def main(argv=None):
     """Parses, samples, writes; returns the exit code."""
     args = parse(argv)
-    warnings.showwarning = tell
     from cnxs_jax.pipelines.images import save_png
     from cnxs_jax.pipelines.pipeline import load_pipeline
 
@@ -176,4 +179,5 @@ def _paths(out, count):
 
 
 if __name__ == "__main__":
+    warnings.showwarning = tell
     run_main(main, sys.argv[1:])

@@ -94,9 +94,8 @@ def published():
     config.objective.prediction = "epsilon"
     config.data = common.any_data("image_folder")
     config.data.hint = "canny"
-    config.data.hint_path = config_dict.placeholder(
-        str
-    )  # weights of hed, if not the installed ones, or midas
+    # Weights of midas, or of hed if not the installed ones.
+    config.data.hint_path = config_dict.placeholder(str)
     config.log_every = 50
     config.save_every = 1000
     config.sample_every = 1000

@@ -77,7 +77,7 @@ def published():
     config.data = common.any_data()
     config.data.buckets = False
     config.data.hint = "hed"
-    config.data.hint_path = config_dict.placeholder(str)  # of HED's weights
+    config.data.hint_path = config_dict.placeholder(str)  # weights of hed or midas
     config.log_every = 10
     config.save_every = 200
     config.sample_every = 500

@@ -52,8 +52,8 @@ def convolution(side, channels, gradient=False):
 def self_attention(tokens, heads, head_dim, gradient=False):
     """From and to [1, L, H D], which a network has; with `gradient` the three inputs' side by side.
 
-    Our blocked form computes the logits a second time for its gradient: 7 products of this size
-    beside 6.
+    Seven products of this size: the two of attention, four of their gradients, and the logits that
+    our blocked form computes a second time instead of keeping their softmax.
     """
     width = heads * head_dim
     inputs = tuple(normal(1, tokens, width, seed=n) for n in range(4 if gradient else 3))
@@ -98,10 +98,10 @@ def linear(tokens, given, made, gradient=False):
     def theirs(x, kernel):
         import torch
 
-        w, bias = kernel.T.contiguous(), torch.zeros(made, dtype=x.dtype)
+        w, bias = kernel.T.contiguous(), x.new_zeros(made)
         if not gradient:
             return lambda: torch.nn.functional.linear(x, w, bias)
-        start = torch.zeros(1, tokens, given, dtype=x.dtype, requires_grad=True)
+        start = x.new_zeros(1, tokens, given).requires_grad_()
         y = torch.nn.functional.linear(start, w, bias)
         return lambda: torch.autograd.grad(y, start, x, retain_graph=True)[0]
 
@@ -110,7 +110,7 @@ def linear(tokens, given, made, gradient=False):
 
 
 class Operations(Case):
-    """The operations of a network, each a program of its own.
+    """The operations of a network, each a program of its own with inputs of its own.
 
     Attributes:
         kinds: {name: (function above, its arguments)} at the published size.
@@ -122,6 +122,7 @@ class Operations(Case):
     gradients = False
 
     def build(self):
+        self.shapes = {}
         kinds = self.kinds if self.full_size else self.small
         self.operations = {}
         for name, (make, *sizes) in kinds.items():

@@ -7,6 +7,7 @@ import json
 import pathlib
 import random
 import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -352,6 +353,14 @@ def test_an_older_step_is_refused_and_not_lost(tmp_path):
         pytest.raises(CheckpointError, match="step 4 was not saved"),
     ):
         checkpoints.save(4, make_state(4), None, META)
+
+
+def test_opening_leaves_no_thread_behind_a_mistake(tmp_path):
+    """Orbax cleans up in a thread, which printed a traceback after the message of a mistake."""
+    before = set(threading.enumerate())
+    (tmp_path / "5.orbax-checkpoint-tmp").mkdir()
+    with checkpoint.Checkpoints(tmp_path, resume=True):
+        assert set(threading.enumerate()) == before
 
 
 def test_old_steps_and_leftovers_are_cleared(tmp_path):

@@ -255,7 +255,9 @@ class Fit:
         """Steps `start` to `config.steps`, saving as it goes and at the end."""
         config, number = self.config, self.parameters()["trained"]
         on = f"{self.mesh.size} device{'s' if self.mesh.size > 1 else ''}"
-        print(f"{number:,} parameters to train on {on}; first it compiles, a minute or more")
+        print(f"{number:,} parameters to train on {on}", flush=True)
+        if start < config.steps:
+            print("compiling, a minute or more", flush=True)
         if self.task.sample is not None and config.sample_every > config.steps:
             print(f"no samples are drawn: sample_every is {config.sample_every}", flush=True)
         progress = Progress(config, start, writer)

@@ -9,7 +9,6 @@ import pathlib
 
 from cnxs_jax.errors import ConfigError, run_main
 
-FILES = (".safetensors", ".pth", ".ckpt", ".bin")
 LAYOUTS = ("diffusers", "official", "fused", "research")
 
 
@@ -29,14 +28,15 @@ def parser():
 
 def main(argv=None):
     """Converts or lists; 0, or raises a CnxsError."""
+    args = parser().parse_args(argv)
+    from cnxs_jax.convert.files import SUFFIXES
     from cnxs_jax.pipelines import load
 
-    args = parser().parse_args(argv)
     if args.list:
         return show(args)
     if args.dst is None:
         raise ConfigError("DST is missing", "command line", "give where to write, or --list")
-    if args.to != "official" and pathlib.Path(args.dst).suffix in FILES:
+    if args.to != "official" and args.dst.endswith(SUFFIXES):
         what = f"the layout {args.to} is a directory, {args.dst} sounds like a file"
         raise ConfigError(what, "DST", "name a directory, or add --to=official for one file")
     if args.component is None and is_pipeline(args.src):

@@ -176,9 +176,12 @@ def config_file(weights):
 def digest(path=None):
     """sha256 of the weight file and behind it, where there is one, of its config.
 
-    Raises CheckpointError where there is no weight file.
+    Raises CheckpointError where there is no weight file, or several.
     """
     weights = find(path)
+    if weights.suffix == ".json":
+        what, fix = "the weights are in several files", "save them as one"
+        raise CheckpointError(what, str(weights), fix)
     config = config_file(weights)
     return "".join(files.digest(file, INSTALL) for file in (weights, config) if file is not None)
 

@@ -156,7 +156,9 @@ def opened(path, where=None):
         picture = Image.open(path)
     except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
         where = str(where or path)
-        raise errors.DataError(f"not a picture: {error}", where, "give a PNG or JPG") from None
+        raise errors.DataError(
+            f"not a picture: {error}", where, "remove it, or give a PNG or JPG"
+        ) from None
     if picture.width * picture.height > MAX_PIXELS:
         picture.close()
         what = f"{picture.width} x {picture.height} pixels are too many"

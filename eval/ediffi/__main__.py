@@ -77,7 +77,8 @@ def opened(name):
         return None
     pipe = cnxs_jax.load_pipeline(CASCADE.value)
     if pipe.sizes(None, None)[0] != (64, 64):
-        raise errors.ConfigError("no pipeline that draws 64 px", "--cascade")
+        what, fix = "no pipeline that draws 64 px", "train configs/ediffi.py"
+        raise errors.ConfigError(what, "--cascade", fix)
     if name != "painting" and getattr(pipe, "stages", None) is None:
         raise errors.ConfigError(f"{name} needs a cascade", "--cascade", "train configs/ediffi.py")
     return pipe
@@ -104,7 +105,7 @@ def check():
                 raise errors.ConfigError(what, flag, f"some of {', '.join(known)}")
     study.check_seeds(SEEDS.value)
     if not CASCADE.value and STUDY.value != ["experts"]:
-        raise errors.ConfigError("no cascade to study", "--cascade", "--cascade=RUN/export")
+        raise errors.ConfigError("no pipeline to study", "--cascade", "--cascade=RUN/export")
 
 
 def main(argv):

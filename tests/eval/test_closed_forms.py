@@ -191,7 +191,7 @@ SLOW = (
     "pixart_xl_1024_text",
 )
 OTHERS = [
-    "t5_xxl", "denoise_step_xl_512", "lcd_step_xl_512",
+    "t5_xxl", "denoise_step_xl_512", "lcd_step_xl_512", "operations_sd15_512", "operations_xl_512",
     *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW),
 ]  # fmt: skip
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ import pytest
 from cnxs_jax.data import emoji_scenes
 from cnxs_jax.errors import ConfigError
 from cnxs_jax.models.conditioning import MASKS, dropped
+from cnxs_jax.sample import DEFAULT_MODEL
 from eval import ask
 from eval.ediffi import attention, encoders, experts, painting, style
 from tests.pipelines.test_ediffi import drawn, pipe  # noqa: F401
@@ -33,6 +36,15 @@ def test_a_thing_counts_where_its_half_was_painted():
     assert not any(placed for _, placed in turned)
     assert not any(present for present, _ in [painting.verdict(f, ("tiger", "robot"), 64)
                                               for f in found])  # fmt: skip
+
+
+def test_only_painting_takes_a_pipeline_that_is_no_cascade(tmp_path):
+    command = [sys.executable, "-m", "eval.ediffi", f"--cascade={DEFAULT_MODEL}"]
+    refused = subprocess.run(
+        [*command, "--study=style", f"--out={tmp_path}"], capture_output=True, text=True
+    )
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: style needs a cascade [--cascade]\n  fix: ")
 
 
 def test_painted_questions_name_no_side_and_are_balanced():

@@ -64,6 +64,16 @@ def test_a_misspelt_option_is_named_before_what_is_missing():
         sample.parse(["--promt=a frog"])
 
 
+def test_a_prompt_may_begin_with_dashes():
+    assert sample.parse(["--prompt", "--a frog in the rain--", "--out=x.png"]).prompt[2] == "a"
+
+
+def test_weights_of_a_hint_that_are_not_there_are_named_at_once():
+    given = ["--control=a", f"--image={__file__}", "--hint=midas", "--hint_path=nowhere"]
+    with pytest.raises(ConfigError, match="nowhere"):
+        sample.parse([*GOOD, *given])
+
+
 def test_a_folder_is_no_control_picture(tmp_path):
     with pytest.raises(ConfigError, match="a folder"):
         sample.parse([*GOOD, "--control=somewhere", f"--image={tmp_path}"])
