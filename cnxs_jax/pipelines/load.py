@@ -32,8 +32,8 @@ def load_model(path, component=None, config=None, dtype=None, quantize=None):
     Args:
         path: a component directory (config.json and weights) or a directory with that one alone, a
             pipeline directory together with `component`, or one weight file: the official PixArt
-            `.pth` files and the single files of Stable Diffusion of the published sizes need nothing
-            else, others need `config` or a config.json beside them.
+            `.pth` files and the single files of Stable Diffusion of the published sizes need
+            nothing else, others need `config` or a config.json beside them.
         component: the pipeline's component ("transformer"), the network of a PixArt-ControlNet
             file ("transformer" or "controlnet"), of diffusers' fused ControlNet-XS ("unet" or
             "controlnet") or of a single file ("unet", "vae", "text_encoder", "text_encoder_2"), or
