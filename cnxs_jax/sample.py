@@ -121,6 +121,15 @@ def adapter(text):
 def main(argv=None):
     """Parses, samples, writes; returns the exit code."""
     args = parse(argv)
+    with warnings.catch_warnings():
+        warnings.showwarning = tell
+        draw(args)
+    return 0
+
+
+def draw(args):
+    """Draws what the checked command line asks for."""
+    from cnxs_jax.data.text import spelled_out
     from cnxs_jax.pipelines.images import save_png
     from cnxs_jax.pipelines.pipeline import load_pipeline
 
@@ -134,6 +143,9 @@ def main(argv=None):
         quantize=args.quantize,
         vae_tiling=args.vae_tiling,
     )
+    for tokenizer, _ in pipe.contexts()[:1]:
+        if unknown := spelled_out(tokenizer, args.prompt):
+            tell(f"this model has not learned the words {', '.join(unknown)}")
     height, width = pipe.sizes(args.height, args.width)[0]
     result = pipe(
         args.prompt,
@@ -151,7 +163,6 @@ def main(argv=None):
     ):
         save_png(image, path, {**parameters, "model": args.model, "version": __version__})
         print(path)
-    return 0
 
 
 def tell(message, *_, **__):
@@ -179,5 +190,4 @@ def _paths(out, count):
 
 
 if __name__ == "__main__":
-    warnings.showwarning = tell
     run_main(main, sys.argv[1:])

@@ -154,6 +154,19 @@ def tokenize(tokenizer, captions, max_length=MAX_LENGTH):
     return ids, mask
 
 
+def spelled_out(tokenizer, caption):
+    """The caption's words of four letters or more that the tokenizer knows by their letters alone.
+
+    To a model that was trained on a closed vocabulary they mean nothing.
+    """
+    words = dict.fromkeys(re.findall(r"[^\W\d_]{4,}", caption.lower()))
+    pieces = {word: tokenizer.tokenize(word) for word in words}
+    letters = {
+        word: [p.strip("\u2581").removesuffix("</w>") for p in pieces[word]] for word in words
+    }
+    return [word for word in words if max(map(len, letters[word]), default=0) <= 1]
+
+
 def check_caption(caption):
     """Raises ConfigError for what is no str, or too long to be worth cleaning or tokenising."""
     if not isinstance(caption, str):

@@ -167,14 +167,17 @@ class EDiffIPipeline(TextToImage):
         arrays = [jnp.asarray(pictures.to_array(picture))[None] for picture in given]
         return jnp.concatenate([clip_pixels(array, size) for array in arrays])
 
+    def contexts(self):
+        """[(tokenizer, length)] of the encoders that are there, in the context's order."""
+        order = [n for n in ("text", "clip_text") if n in self.tokenizers]
+        return [(self.tokenizers[n], self.max_tokens[n]) for n in order]
+
     def painted(self, request):
         """`(keys of cond, keys of null)` of painted words; empty without masks."""
         if request.word_masks is None:
             return {}, {}
-        order = [n for n in ("text", "clip_text") if n in self.tokenizers]  # the context's
-        contexts = [(self.tokenizers[n], self.max_tokens[n]) for n in order]
         side = (self.stages[0].size,) * 2
-        made = paint.word_condition(contexts, request.prompts, request.word_masks, side)
+        made = paint.word_condition(self.contexts(), request.prompts, request.word_masks, side)
         repeat = functools.partial(np.repeat, repeats=request.repeats, axis=0)
         return jax.tree.map(lambda a: jnp.asarray(repeat(a)), made)
 

@@ -129,6 +129,10 @@ class TextToImage:
         """
         raise NotImplementedError
 
+    def contexts(self):
+        """[(tokenizer, length)] of the tokens that the denoiser attends to."""
+        raise NotImplementedError
+
     def write(self, directory, dtype=None):
         """Writes its layout into a new directory; `save_pipeline` calls it."""
         raise NotImplementedError

@@ -91,6 +91,13 @@ def test_a_long_prompt_is_told_in_one_short_line(tmp_path, capfd):
     assert len(told) < 150
 
 
+def test_words_that_the_model_has_not_learned_are_told(tmp_path, capfd):
+    prompt = "a medieval castle and a frog, oil painting, flat style"
+    sample.main([f"--prompt={prompt}", f"--out={tmp_path}/x.png", "--steps=1", "--guidance=0"])
+    told = "note: this model has not learned the words medieval, castle, painting\n"
+    assert capfd.readouterr().err == told
+
+
 def test_adapters_have_factors():
     given = ["--lora=a", "--lora=a:0.5", "--lora=b:c", "--lora=b:c:2"]
     expected = [("a", 1.0), ("a", 0.5), ("b:c", 1.0), ("b:c", 2.0)]
