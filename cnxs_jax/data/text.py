@@ -145,7 +145,8 @@ def tokenize(tokenizer, captions, max_length=MAX_LENGTH):
     for row, tokens in enumerate(found):
         if len(tokens) > max_length:
             lost = tokenizer.decode(tokens[max_length - 1 : -1])
-            lost = lost if len(lost) <= QUOTED else f"{lost[:QUOTED]}..."
+            if len(lost) > QUOTED:  # its beginning and its end
+                lost = f"{lost[: QUOTED // 2]} ... {lost[-QUOTED // 2 :]}"
             message = f"caption has {len(tokens)} tokens, limit {max_length}; dropped: {lost!r}"
             warnings.warn(message, stacklevel=2)
             tokens = tokens[: max_length - 1] + tokens[-1:]
