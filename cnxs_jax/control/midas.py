@@ -12,15 +12,17 @@ from cnxs_jax.models.midas import MULTIPLE
 
 # px of the shorter side: what the network was trained at, and what ControlNet-XS has at most.
 SMALLEST, LARGEST = 384, 1024
+LONGEST = 4096  # px of the longer side: attention's memory grows with the square of the area
 
 
 def size_of(height, width):
     """(height, width) at which the network sees a picture: its own, to multiples of 32.
 
-    Smaller and larger ones than `SMALLEST` and `LARGEST` are scaled, their aspect kept.
+    Smaller and larger ones than `SMALLEST` and `LARGEST` are scaled, their aspect kept; so are
+    those whose longer side would have more than `LONGEST`.
     """
-    shorter = min(height, width)
-    scale = min(max(shorter, SMALLEST), LARGEST) / shorter
+    shorter, longer = sorted((height, width))
+    scale = min(min(max(shorter, SMALLEST), LARGEST) / shorter, LONGEST / longer)
     return tuple(max(round(scale * side / MULTIPLE), 1) * MULTIPLE for side in (height, width))
 
 

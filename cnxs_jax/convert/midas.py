@@ -237,7 +237,7 @@ def shapes(**fields):
         raise
     except Exception as error:  # whatever flax or jax say to impossible sizes
         what = f"no DPT-hybrid of these sizes: {str(error)[:300]}"
-        raise ConfigError(what, "config.json") from None
+        raise ConfigError(what, "config.json", INSTALL) from None
 
 
 def fields_of(config, where):
@@ -255,7 +255,7 @@ def fields_of(config, where):
         given["hidden_sizes"] = backbone["hidden_sizes"][:3]  # the published one lists a fourth
         given["backbone_out_indices"] = config["backbone_out_indices"][2:]
     except (KeyError, TypeError) as error:
-        raise ConfigError(f"no list of sizes: {error}", where) from None
+        raise ConfigError(f"no list of sizes: {error}", where, INSTALL) from None
     types = {name: field.type for name, field in DPTHybrid.__dataclass_fields__.items()}
     fields = {
         name: families.check_value(name, value, types[name], where) for name, value in given.items()
@@ -269,13 +269,16 @@ def check_sizes(fields, where):
     lengths = {"hidden_sizes": 3, "depths": 3, "backbone_out_indices": 2, "neck_hidden_sizes": 4}
     for name, length in lengths.items():
         if len(fields[name]) != length or not all(type(n) is int for n in fields[name]):
-            raise ConfigError(f"{name} = {fields[name]}, expected {length} whole numbers", where)
+            what = f"{name} = {fields[name]}, expected {length} whole numbers"
+            raise ConfigError(what, where, INSTALL)
     if max(fields["depths"]) > families.MAX_LAYERS:
-        raise ConfigError(f"depths = {fields['depths']}, expected sensible numbers", where)
+        what = f"depths = {fields['depths']}, expected at most {families.MAX_LAYERS}"
+        raise ConfigError(what, where, INSTALL)
     for width in fields["hidden_sizes"]:
         if width % (8 * BOTTLENECK):  # transformers rounds to eights
-            raise ConfigError(f"hidden_sizes: {width} is no multiple of {8 * BOTTLENECK}", where)
+            what = f"hidden_sizes: {width} is no multiple of {8 * BOTTLENECK}"
+            raise ConfigError(what, where, INSTALL)
     low, high = fields["backbone_out_indices"]
     if not low < high < fields["num_hidden_layers"]:
         what = f"backbone_out_indices end with {low} and {high}, expected two layers in their order"
-        raise ConfigError(what, where)
+        raise ConfigError(what, where, INSTALL)

@@ -140,7 +140,13 @@ def _directory(path):
             )
         return local
     text = str(path)
-    if local.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text):
+    if local.exists():
+        raise CheckpointError(
+            f"expected a pipeline's directory, got the file {text!r}",
+            "model",
+            f"give the directory that holds {INDEX}, or make one: python -m cnxs_jax.convert",
+        )
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text):
         raise CheckpointError(
             f"there is no directory {text!r}", "model", "train or convert one, or give a hub id"
         )

@@ -89,6 +89,8 @@ def test_nearer_is_brighter_and_without_depth_all_is_far():
         ((64, 96), (384, 576)),
         ((2048, 3072), (1024, 1536)),
         ((1200, 1024), (1216, 1024)),
+        ((6000, 100), (4096, 64)),
+        ((40, 100_000), (32, 4096)),
     ],
 )
 def test_the_size_at_which_it_is_seen(size, seen):
