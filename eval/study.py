@@ -6,7 +6,7 @@ A study is a function that returns figures (tables under `TABLES`) and, perhaps,
 import hashlib
 import json
 
-from cnxs_jax.errors import ConfigError
+from cnxs_jax.errors import ConfigError, did_you_mean
 from cnxs_jax.storage import replacing, write_json, write_text
 from eval import report
 
@@ -33,6 +33,14 @@ def make(out, name, settings, function, again=False):
         save(out / f"{name}.png", shown)
     write_json(path, report.plain({"settings": wanted} | found), sort_keys=False)  # it ends a study
     print(f"{name}: {path}", flush=True)
+
+
+def check_names(words, known, flag):
+    """Raises ConfigError for a word of a flag's list that is not known."""
+    for word in words:
+        if word not in known:
+            what = f"unknown {word!r}.{did_you_mean(word, known)}"
+            raise ConfigError(what, flag, f"some of {', '.join(known)}")
 
 
 def check_seeds(words):

@@ -28,12 +28,14 @@ TITLES = {
     "connections": "Which connections matter",
     "bias": "Do larger controllers bias the base?",
 }
-TYPES = ("A", "B", "C", "ControlNet")
 BY_SIZE = ("B half", "B", "B double", "B quadruple", "ControlNet")
 STUDY = flags.DEFINE_list("study", list(TITLES), f"Which: {', '.join(TITLES)}.")
 BASE = flags.DEFINE_string("base", None, "Pipeline directory of the base; default: the shipped.")
 RUNS = flags.DEFINE_string("runs", "runs/xs_arms", "Directory of the arms' runs.")
 OUT = flags.DEFINE_string("out", "runs/xs_studies", "Directory of the figures.")
+ARMS = flags.DEFINE_list(
+    "arms", ["A", "B", "C", "ControlNet"], f"Of types: some of {', '.join(arms.ARMS)}."
+)
 SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Training seeds.")
 TRAIN = flags.DEFINE_integer("steps", None, "Training steps, if not the recipe's.", lower_bound=1)
 NUMBER = flags.DEFINE_integer("number", 256, "Pictures a row.", lower_bound=8)
@@ -58,7 +60,7 @@ def types():
     """The comparison of the types."""
     seeds = study.check_seeds(SEEDS.value)
     return arms.study(
-        RUNS.value, list(TYPES), seeds, BASE.value, NUMBER.value, REAL.value, steps=TRAIN.value
+        RUNS.value, ARMS.value, seeds, BASE.value, NUMBER.value, REAL.value, steps=TRAIN.value
     )
 
 
@@ -87,10 +89,8 @@ def main(argv):
     if len(argv) > 1:
         raise errors.ConfigError(f"unknown argument {argv[1]!r}", "command line", "see --help")
     logging.set_verbosity(logging.ERROR)
-    for word in STUDY.value:
-        if word not in TITLES:
-            what = f"unknown {word!r}.{errors.did_you_mean(word, TITLES)}"
-            raise errors.ConfigError(what, "--study", f"some of {', '.join(TITLES)}")
+    study.check_names(STUDY.value, TITLES, "--study")
+    study.check_names(ARMS.value, arms.ARMS, "--arms")
     study.check_seeds(SEEDS.value)
     measures.check_weights(("kid",), {}, "efflite0")  # before hours of training
     out, settings = Path(OUT.value), {"base": identity(place()), "number": NUMBER.value}
@@ -98,7 +98,8 @@ def main(argv):
     recipes = [arms.config_of(arm, 0).to_json() for arm in arms.ARMS]
     settings |= {"runs": RUNS.value, "recipes": study.digest(recipes)}
     for name in STUDY.value:
-        study.make(out, name, settings, FUNCTIONS[name], REDO.value)
+        own = {"arms": ARMS.value} if name == "types" else {}
+        study.make(out, name, settings | own, FUNCTIONS[name], REDO.value)
     print(study.write(out, "ControlNet-XS on the embedded world", TITLES))
     return 0
 

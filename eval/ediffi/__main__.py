@@ -95,14 +95,8 @@ def function(name):
 
 def check():
     """Raises ConfigError for unknown names and numbers that are none."""
-    for value, known, flag in (
-        (STUDY.value, [*OF_A_CASCADE, "experts"], "--study"),
-        (ARMS.value, list(experts.ARMS), "--arms"),
-    ):
-        for word in value:
-            if word not in known:
-                what = f"unknown {word!r}.{errors.did_you_mean(word, known)}"
-                raise errors.ConfigError(what, flag, f"some of {', '.join(known)}")
+    study.check_names(STUDY.value, [*OF_A_CASCADE, "experts"], "--study")
+    study.check_names(ARMS.value, experts.ARMS, "--arms")
     study.check_seeds(SEEDS.value)
     if not CASCADE.value and STUDY.value != ["experts"]:
         raise errors.ConfigError("no pipeline to study", "--cascade", "--cascade=RUN/export")

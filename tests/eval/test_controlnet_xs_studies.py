@@ -132,3 +132,9 @@ def test_neighbouring_encoders_are_part_of_a_pipelines_identity(tmp_path):
     before = identity(tmp_path / "pipe")
     (tmp_path / "words" / "config.json").write_text("{}")
     assert identity(tmp_path / "pipe") != before
+
+
+def test_a_word_that_a_study_does_not_know_is_named():
+    study.check_names(["A", "ControlNet"], arms.ARMS, "--arms")
+    with pytest.raises(ConfigError, match=r'unknown .Contrlnet.*Did you mean "ControlNet".*--arms'):
+        study.check_names(["A", "Contrlnet"], arms.ARMS, "--arms")
