@@ -3,7 +3,7 @@ r"""ControlNet-XS (arXiv 2312.06573) on a frozen Stable Diffusion; or ControlNet
 A small network that exchanges features with its base in every evaluation. Only its parameters have
 gradients, moments and an average; the base is an argument of the step.
 
-  :tiny   on the embedded base (`configs/sd.py`), 64 px, the scenes' edge maps (the default)
+  :tiny   on the embedded base (`configs/sd.py`), 64 px, Canny of the scenes (the default)
   :smoke  four steps of it at 32 px, to test the plumbing
   :sd15   Stable Diffusion 1.5, 512 px: 52,661,392 parameters to train (the authors' "53M")
   :sd21   Stable Diffusion 2.1 base, 512 px: 14,186,356 ("14M", with its own time embedding)
@@ -19,8 +19,7 @@ Where this recipe differs, and why:
   - an average of the parameters is kept (`ema_decay`), and exported.
   - half of the captions become the empty prompt, as ControlNet trains (arXiv 2302.05543, section
     3.3), so that guidance works; the released data set has no captions at all. :tiny drops 10 %.
-  - the hint is Canny, whose two thresholds are drawn for each picture in every epoch; in :tiny the
-    exact edges.
+  - the hint is Canny, whose two thresholds are drawn for each picture in every epoch.
     `data.hint`: canny, hed, midas (any pictures), lines, depth, segmentation (scenes only). The
     published depth models follow midas, whose weights are `data.hint_path`.
   - the base gets no gradients; the released code computes them and throws them away.
@@ -126,7 +125,7 @@ def tiny():
     config.base_path = "{assets}/sd_tiny"
     config.dtype = "float32"
     config.matmul_precision = "auto"
-    config.steps = 1200
+    config.steps = 1800
     config.batch_size = 16
     config.ema_decay = 0.99
     config.caption_dropout = 0.1
@@ -142,7 +141,6 @@ def tiny():
     config.schedule = common.betas("linear", 1e-4, 0.02)
     config.objective.prediction = "v_prediction"
     config.data.source = "emoji_scenes"
-    config.data.hint = "lines"
     config.data.size = 64
     config.data.max_length = 24
     config.report = common.controller_report()

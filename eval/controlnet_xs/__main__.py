@@ -67,7 +67,7 @@ def types():
 def which_connections():
     """Type B with some connections cut; the first training seed."""
     pipe = cnxs_jax.load_pipeline(place()).replace(control=trained("B")[0])
-    prompts = plan.prompts(emoji_scenes.world(), "test", NUMBER.value, hint="lines")
+    prompts = plan.prompts(emoji_scenes.world(), "test", NUMBER.value, hint=arms.HINT)
     found, shown = connections.study(pipe, prompts)
     note = f"Intervals are of the pictures, of one controller: training seed {SEEDS.value[0]}."
     return found | {"notes": [note]}, shown

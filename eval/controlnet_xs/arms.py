@@ -38,6 +38,7 @@ COLUMNS = {
     "all_correct": "all correct",
 }
 STEPS, GUIDANCE = 20, 3.0
+HINT = recipe.get_config("tiny").data.hint
 
 
 def config_of(arm, seed, base_path=None):

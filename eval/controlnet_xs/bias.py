@@ -1,7 +1,7 @@
 """Do larger controllers bias the base? A hint of one thing, a prompt that names another.
 
 `prompt`: share of the pictures that show what the prompt names; `hint`: that show the thing whose
-outline the hint is; a controller that only steers shape leaves the first to the prompt.
+edges the hint has; a controller that only steers shape leaves the first to the prompt.
 """
 
 import numpy as np
@@ -10,6 +10,7 @@ from cnxs_jax.control import hints
 from cnxs_jax.data import emoji_scenes
 from cnxs_jax.data.scenes import with_article
 from eval import ask
+from eval.controlnet_xs.arms import HINT
 from eval.metrics import bootstrap, edges, scene_maps
 
 
@@ -21,7 +22,7 @@ def questions(number, seed):
         thing, other = ask.several(rng, 2)
         scene = emoji_scenes.make_scene(rng, {"concepts": [other], "named": ()}, split="test")
         asked.append({"prompt": with_article(thing), "thing": thing, "other": other,
-                      "hint": hints.picture(scene, "lines"),
+                      "hint": hints.picture(scene, HINT),
                       "picture": scene["image"]})  # fmt: skip
     return asked
 
