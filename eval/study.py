@@ -36,7 +36,10 @@ def make(out, name, settings, function, again=False):
 
 
 def check_names(words, known, flag):
-    """Raises ConfigError for a word of a flag's list that is not known."""
+    """Raises ConfigError for a flag's list without a word, with one twice or an unknown one."""
+    if not words or len(set(words)) < len(words):
+        what = f"expected different names, got {','.join(words) or 'none'}"
+        raise ConfigError(what, flag, f"some of {', '.join(known)}")
     for word in words:
         if word not in known:
             what = f"unknown {word!r}.{did_you_mean(word, known)}"

@@ -12,7 +12,7 @@ from cnxs_jax.models.midas import MULTIPLE
 
 # px of the shorter side: what the network was trained at, and what ControlNet-XS has at most.
 SMALLEST, LARGEST = 384, 1024
-LONGEST = 4096  # px of the longer side: attention's memory grows with the square of the area
+LONGEST = 4096  # px of the longer side: a strip of a picture costs no more than a large picture
 
 
 def size_of(height, width):

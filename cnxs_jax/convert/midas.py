@@ -242,9 +242,16 @@ def shapes(**fields):
 
 def fields_of(config, where):
     """`DPTHybrid`'s fields of transformers' config.json. Raises ConfigError."""
+    try:
+        return _fields_of(config, where)
+    except ConfigError as error:
+        raise ConfigError(error.what, error.where, INSTALL) from None
+
+
+def _fields_of(config, where):
     backbone = config.get("backbone_config")
     if config.get("model_type") != "dpt" or not isinstance(backbone, dict):
-        raise ConfigError("the config beside the weights is none of a DPT-hybrid", where, INSTALL)
+        raise ConfigError("the config beside the weights is none of a DPT-hybrid", where)
     families.check_supported(config, SUPPORTED, where)
     # What transformers takes for keys that are absent is another network's.
     absent = {"layer_type": "preactivation", "global_padding": None}
@@ -255,7 +262,7 @@ def fields_of(config, where):
         given["hidden_sizes"] = backbone["hidden_sizes"][:3]  # the published one lists a fourth
         given["backbone_out_indices"] = config["backbone_out_indices"][2:]
     except (KeyError, TypeError) as error:
-        raise ConfigError(f"no list of sizes: {error}", where, INSTALL) from None
+        raise ConfigError(f"no list of sizes: {error}", where) from None
     types = {name: field.type for name, field in DPTHybrid.__dataclass_fields__.items()}
     fields = {
         name: families.check_value(name, value, types[name], where) for name, value in given.items()
@@ -269,16 +276,14 @@ def check_sizes(fields, where):
     lengths = {"hidden_sizes": 3, "depths": 3, "backbone_out_indices": 2, "neck_hidden_sizes": 4}
     for name, length in lengths.items():
         if len(fields[name]) != length or not all(type(n) is int for n in fields[name]):
-            what = f"{name} = {fields[name]}, expected {length} whole numbers"
-            raise ConfigError(what, where, INSTALL)
+            raise ConfigError(f"{name} = {fields[name]}, expected {length} whole numbers", where)
     if max(fields["depths"]) > families.MAX_LAYERS:
         what = f"depths = {fields['depths']}, expected at most {families.MAX_LAYERS}"
-        raise ConfigError(what, where, INSTALL)
+        raise ConfigError(what, where)
     for width in fields["hidden_sizes"]:
         if width % (8 * BOTTLENECK):  # transformers rounds to eights
-            what = f"hidden_sizes: {width} is no multiple of {8 * BOTTLENECK}"
-            raise ConfigError(what, where, INSTALL)
+            raise ConfigError(f"hidden_sizes: {width} is no multiple of {8 * BOTTLENECK}", where)
     low, high = fields["backbone_out_indices"]
     if not low < high < fields["num_hidden_layers"]:
         what = f"backbone_out_indices end with {low} and {high}, expected two layers in their order"
-        raise ConfigError(what, where, INSTALL)
+        raise ConfigError(what, where)

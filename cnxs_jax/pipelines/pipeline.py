@@ -144,7 +144,7 @@ def _directory(path):
         raise CheckpointError(
             f"expected a pipeline's directory, got the file {text!r}",
             "model",
-            f"give the directory that holds {INDEX}, or make one: python -m cnxs_jax.convert",
+            f"give the directory that holds {INDEX}; `load_model` opens single components",
         )
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text):
         raise CheckpointError(

@@ -34,7 +34,7 @@ BASE = flags.DEFINE_string("base", None, "Pipeline directory of the base; defaul
 RUNS = flags.DEFINE_string("runs", "runs/xs_arms", "Directory of the arms' runs.")
 OUT = flags.DEFINE_string("out", "runs/xs_studies", "Directory of the figures.")
 ARMS = flags.DEFINE_list(
-    "arms", ["A", "B", "C", "ControlNet"], f"Of types: some of {', '.join(arms.ARMS)}."
+    "arms", ["A", "B", "C", "ControlNet"], f"Of the study types, some of {', '.join(arms.ARMS)}."
 )
 SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Training seeds.")
 TRAIN = flags.DEFINE_integer("steps", None, "Training steps, if not the recipe's.", lower_bound=1)
@@ -91,6 +91,8 @@ def main(argv):
     logging.set_verbosity(logging.ERROR)
     study.check_names(STUDY.value, TITLES, "--study")
     study.check_names(ARMS.value, arms.ARMS, "--arms")
+    if ARMS.present and "types" not in STUDY.value:
+        raise errors.ConfigError("only the study types has arms", "--arms", "leave it out")
     study.check_seeds(SEEDS.value)
     measures.check_weights(("kid",), {}, "efflite0")  # before hours of training
     out, settings = Path(OUT.value), {"base": identity(place()), "number": NUMBER.value}

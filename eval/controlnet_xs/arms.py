@@ -35,6 +35,7 @@ COLUMNS = {
     "control_depth_order": "depth order",
     "kid_efflite0": "KID",
     "objects": "objects",
+    "style": "style",
     "all_correct": "all correct",
 }
 STEPS, GUIDANCE = 20, 3.0

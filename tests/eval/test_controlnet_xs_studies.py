@@ -1,11 +1,14 @@
 """The studies of ControlNet-XS: cut connections of a random controller, real scenes as samples."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from cnxs_jax import tree as trees
+from cnxs_jax.control import hints
 from cnxs_jax.errors import ConfigError
 from cnxs_jax.pipelines.control import Controller
 from eval import study
@@ -138,3 +141,43 @@ def test_a_word_that_a_study_does_not_know_is_named():
     study.check_names(["A", "ControlNet"], arms.ARMS, "--arms")
     with pytest.raises(ConfigError, match=r'unknown .Contrlnet.*Did you mean "ControlNet".*--arms'):
         study.check_names(["A", "Contrlnet"], arms.ARMS, "--arms")
+    for words in ([], ["A", "A"]):
+        with pytest.raises(ConfigError, match="different names.*--arms"):
+            study.check_names(words, arms.ARMS, "--arms")
+
+
+CALLS = """
+import sys
+from absl import flags
+from cnxs_jax.errors import ConfigError
+from eval.controlnet_xs import __main__ as command, arms
+
+arms.study = lambda runs, own, *_, **__: (print("compared", *own), ({}, None))[1]
+for given in sys.argv[2:]:
+    flags.FLAGS(["command", sys.argv[1], *given.split()])
+    try:
+        command.main(["command"])
+    except ConfigError as error:
+        print("refused:", error)
+    flags.FLAGS.unparse_flags()
+"""
+
+
+def test_the_command_compares_the_arms_that_it_is_given(tmp_path):
+    both = "--study=types --arms=B,ControlNet"  # the second time they are there already
+    calls = [both, both, "--study=types --arms=B", "--study=bias --arms=B"]
+    out = subprocess.run(
+        [sys.executable, "-c", CALLS, f"--out={tmp_path}", *calls],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    told = [line for line in out.splitlines() if line.startswith(("compared", "refused"))]
+    assert told == [
+        "compared B ControlNet",
+        "compared B",
+        "refused: only the study types has arms [--arms]",
+    ]
+
+
+def test_the_hint_of_a_question_is_the_recipes():
+    (one,) = bias.questions(1, 0)
+    np.testing.assert_array_equal(one["hint"], 255 * hints.canny(one["picture"][None])[0])

@@ -199,6 +199,12 @@ def test_missing_directory(path):
         cnxs_jax.load_pipeline(path)
 
 
+def test_a_file_is_not_taken_for_a_missing_directory(tmp_path):
+    (tmp_path / "one.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="got the file .*one.safetensors.*\n.*model_index"):
+        cnxs_jax.load_pipeline(tmp_path / "one.safetensors")
+
+
 def test_hub_id_offline_names_file_and_recipe(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
