@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cnxs_jax.errors import ConfigError
+from cnxs_jax.models.activations import silu
 from cnxs_jax.models.conv import Conv
 from cnxs_jax.models.unet import UNet
 
@@ -56,7 +57,7 @@ class HintEmbedding(nn.Module):
     @nn.compact
     def __call__(self, hint):
         def conv_silu(name, features, h, strides=1):
-            return nn.silu(Conv(features, strides=strides, dtype=self.dtype, name=name)(h))
+            return silu(Conv(features, strides=strides, dtype=self.dtype, name=name)(h))
 
         h = conv_silu("conv_in", self.widths[0], hint)
         for i, (narrow, wide) in enumerate(itertools.pairwise(self.widths)):

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from cnxs_jax.errors import ConfigError, did_you_mean
+from cnxs_jax.models.activations import gelu
 from cnxs_jax.models.attention import attention
 from cnxs_jax.models.layers import Dense
 
@@ -19,12 +20,7 @@ def quick_gelu(x):
     return x * nn.sigmoid(1.702 * x)
 
 
-def exact_gelu(x):
-    """x * Phi(x)."""
-    return nn.gelu(x, approximate=False)
-
-
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": exact_gelu}
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
 
 
 def _norm(epsilon, name):

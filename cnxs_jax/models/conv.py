@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from cnxs_jax import backend
+from cnxs_jax.models.activations import silu
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 SAME3 = ((1, 1), (1, 1))  # PyTorch's padding=1
@@ -204,12 +205,12 @@ class ResnetBlock(nn.Module):
 
         def norm_silu_conv(i, h):
             h = GroupNorm(groups[i - 1], self.epsilon, self.dtype, name=f"norm{i}")(h)
-            return Conv(self.features, dtype=self.dtype, name=f"conv{i}")(nn.silu(h))
+            return Conv(self.features, dtype=self.dtype, name=f"conv{i}")(silu(h))
 
         h = norm_silu_conv(1, x)
         if temb_BxE is not None:
             project = nn.Dense(self.features, dtype=self.dtype, name="time_emb_proj")
-            h = h + project(nn.silu(temb_BxE))[:, None, None]
+            h = h + project(silu(temb_BxE))[:, None, None]
         h = norm_silu_conv(2, h)
         if x.shape[-1] != self.features:
             x = Conv(self.features, 1, dtype=self.dtype, name="conv_shortcut")(x)

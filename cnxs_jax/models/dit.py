@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from cnxs_jax import backend
 from cnxs_jax.errors import ConfigError
+from cnxs_jax.models.activations import gelu_tanh, silu
 from cnxs_jax.models.attention import sincos_2d
 from cnxs_jax.models.layers import (
     Attention,
@@ -58,7 +59,7 @@ class AdaLayerNormSingle(nn.Module):
     def __call__(self, t, size=None, aspect=None):
         embed = SizeEmbedding(self.features, self.use_additional_conditions, self.dtype, name="emb")
         emb = embed(t, size, aspect)
-        return Dense(6 * self.features, dtype=self.dtype, name="linear")(nn.silu(emb)), emb
+        return Dense(6 * self.features, dtype=self.dtype, name="linear")(silu(emb)), emb
 
 
 class CaptionProjection(nn.Module):
@@ -70,7 +71,7 @@ class CaptionProjection(nn.Module):
     @nn.compact
     def __call__(self, text):
         h = Dense(self.features, dtype=self.dtype, name="linear_1")(text.astype(self.dtype))
-        return Dense(self.features, dtype=self.dtype, name="linear_2")(nn.gelu(h))
+        return Dense(self.features, dtype=self.dtype, name="linear_2")(gelu_tanh(h))
 
 
 class PixArtBlock(nn.Module):

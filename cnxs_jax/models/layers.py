@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from cnxs_jax import backend
+from cnxs_jax.models.activations import gelu_tanh, silu
 from cnxs_jax.models.attention import attention
 from cnxs_jax.models.painting import score_bias
 
@@ -144,7 +145,7 @@ class TimestepEmbedding(nn.Module):
             project = Dense(x.shape[-1], use_bias=False, dtype=self.dtype, name="cond_proj")
             x = x + project(condition.astype(self.dtype))
         x = Dense(self.features, dtype=self.dtype, name="linear_1")(x)
-        return Dense(self.features, dtype=self.dtype, name="linear_2")(nn.silu(x))
+        return Dense(self.features, dtype=self.dtype, name="linear_2")(silu(x))
 
 
 class Activation(nn.Module):
@@ -156,7 +157,7 @@ class Activation(nn.Module):
     @nn.compact
     def __call__(self, x):
         x = Dense(self.features, dtype=self.dtype, name="proj")(x)
-        return nn.gelu(x, approximate=True)
+        return gelu_tanh(x)
 
 
 class FeedForward(nn.Module):

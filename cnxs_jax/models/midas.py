@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from cnxs_jax.errors import ConfigError
-from cnxs_jax.models.clip import EncoderLayer, exact_gelu
+from cnxs_jax.models.activations import gelu
+from cnxs_jax.models.clip import EncoderLayer
 from cnxs_jax.models.conv import Conv, GroupNorm, plain
 from cnxs_jax.models.layers import Dense
 
@@ -220,7 +221,7 @@ class Reassemble(nn.Module):
         B, _, D = state_BxLxD.shape
         known, tokens = state_BxLxD[:, :1], state_BxLxD[:, 1:]
         both = jnp.concatenate([tokens, jnp.broadcast_to(known, tokens.shape)], axis=-1)
-        h = exact_gelu(Dense(D, name="readout")(both)).reshape(B, height, width, D)
+        h = gelu(Dense(D, name="readout")(both)).reshape(B, height, width, D)
         h = Conv(self.features, 1, name="projection")(h)
         if self.strides == 1:
             return h

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from cnxs_jax.errors import ConfigError
+from cnxs_jax.models.activations import silu
 from cnxs_jax.models.conv import Conv, Downsample, GroupNorm, Upsample
 from cnxs_jax.models.layers import Attention, Dense, TimestepEmbedding, layer_norm, sinusoid
 from cnxs_jax.models.painting import paint_at
@@ -29,13 +30,13 @@ class ScaleShiftBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, emb_BxE):
-        h = nn.silu(GroupNorm(self.num_groups, 1e-5, self.dtype, name="norm1")(x))
+        h = silu(GroupNorm(self.num_groups, 1e-5, self.dtype, name="norm1")(x))
         h = Conv(self.features, dtype=self.dtype, name="conv1")(h)
         project = Dense(2 * self.features, dtype=self.dtype, name="time_emb_proj")
-        scale, shift = jnp.split(project(nn.silu(emb_BxE))[:, None, None], 2, axis=-1)
+        scale, shift = jnp.split(project(silu(emb_BxE))[:, None, None], 2, axis=-1)
         h = GroupNorm(self.num_groups, 1e-5, self.dtype, name="norm2")(h) * (1 + scale) + shift
         # The block starts as its shortcut.
-        h = Conv(self.features, dtype=self.dtype, kernel_init=ZEROS, name="conv2")(nn.silu(h))
+        h = Conv(self.features, dtype=self.dtype, kernel_init=ZEROS, name="conv2")(silu(h))
         if x.shape[-1] != self.features:
             x = Conv(self.features, 1, dtype=self.dtype, name="conv_shortcut")(x)
         return x + h
@@ -193,7 +194,7 @@ class PixelUNet(nn.Module):
         h = Conv(self.block_out_channels[0], dtype=self.dtype, name="conv_in")(h)
         h = self.levels(h, emb, self_cross)
         h = GroupNorm(self.norm_num_groups, 1e-5, jnp.float32, name="conv_norm_out")(h)
-        return Conv(self.out_channels, kernel_init=ZEROS, name="conv_out")(nn.silu(h))
+        return Conv(self.out_channels, kernel_init=ZEROS, name="conv_out")(silu(h))
 
     def levels(self, h, emb, context):
         """Down, middle and up; each block of the way up reads the skip of its twin."""

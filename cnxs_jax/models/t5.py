@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cnxs_jax.errors import ConfigError, did_you_mean
+from cnxs_jax.models.activations import gelu_tanh
 from cnxs_jax.models.attention import attention
 
 FEED_FORWARDS = ("gated-gelu", "relu")
@@ -119,7 +120,7 @@ class FeedForward(nn.Module):
         def wi(name):
             return Linear(self.d_ff, D**-0.5, self.dtype, self.quantization, name=name)(x)
 
-        h = nn.relu(wi("wi")) if self.kind == "relu" else nn.gelu(wi("wi_0")) * wi("wi_1")
+        h = nn.relu(wi("wi")) if self.kind == "relu" else gelu_tanh(wi("wi_0")) * wi("wi_1")
         return Linear(D, self.d_ff**-0.5, jnp.float32, self.quantization, name="wo")(h)
 
 

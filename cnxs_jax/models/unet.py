@@ -21,6 +21,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from cnxs_jax.errors import ConfigError
+from cnxs_jax.models.activations import silu
 from cnxs_jax.models.conv import Conv, GroupNorm
 from cnxs_jax.models.layers import TimestepEmbedding, sinusoid
 from cnxs_jax.models.painting import paint_at
@@ -221,7 +222,7 @@ class UNet(nn.Module):
 
     def head(self, h):
         """Norm, SiLU and convolution in float32 -> [B,H,W,out_channels]."""
-        return self.conv_out(nn.silu(self.conv_norm_out(h)))
+        return self.conv_out(silu(self.conv_norm_out(h)))
 
     # Sizes
 

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from cnxs_jax.models.activations import gelu
 from cnxs_jax.models.attention import attention
 from cnxs_jax.models.conv import Conv, Downsample, GroupNorm, ResnetBlock, Upsample
 from cnxs_jax.models.layers import Attention, Dense
@@ -37,7 +38,7 @@ class GEGLU(nn.Module):
     def __call__(self, x):
         h = Dense(2 * self.features, dtype=self.dtype, name="proj")(x)
         h, gate = jnp.split(h, 2, axis=-1)
-        return h * nn.gelu(gate, approximate=False)
+        return h * gelu(gate)
 
 
 class FeedForward(nn.Module):

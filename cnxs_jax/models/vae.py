@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from cnxs_jax.errors import ConfigError
+from cnxs_jax.models.activations import silu
 from cnxs_jax.models.attention import attention
 from cnxs_jax.models.conv import HALF3, Conv, Downsample, GroupNorm, ResnetBlock, Upsample
 
@@ -103,7 +104,7 @@ class Encoder(nn.Module):
             )
             x = stage(x)
         x = MidBlock(widths[-1], groups, self.add_attention, dtype, name="mid_block")(x)
-        x = nn.silu(GroupNorm(groups, dtype=dtype, name="conv_norm_out")(x))
+        x = silu(GroupNorm(groups, dtype=dtype, name="conv_norm_out")(x))
         return Conv(self.out_channels, dtype=dtype, name="conv_out")(x)
 
 
@@ -128,7 +129,7 @@ class Decoder(nn.Module):
                 width, self.layers_per_block + 1, groups, resample, dtype, name=f"up_blocks_{i}"
             )
             x = stage(x)
-        x = nn.silu(GroupNorm(groups, dtype=dtype, name="conv_norm_out")(x))
+        x = silu(GroupNorm(groups, dtype=dtype, name="conv_norm_out")(x))
         return Conv(self.out_channels, dtype=dtype, name="conv_out")(x)
 
 
