@@ -220,13 +220,19 @@ def _heads_backward(kept, g_BHxNxMxD):
     def one_head(args):
         (q_NxMxD, k_SxD, v_SxD, bias_NxQxS, *outputs), g_NxMxD = args
         dtype = k_SxD.dtype
+        # A row of g_logits sums to zero, so that what all keys or all values share drops out; left
+        # in, it would be what the rounding errors are relative to.
+        own_k_SxD = k_SxD - k_SxD.mean(0, keepdims=True)
+        mean_v_1xD = v_SxD.mean(0, keepdims=True)
+        own_v_SxD = v_SxD - mean_v_1xD
 
         def one_block(sums_DxS, args):
             q_MxD, bias_QxS, out_MxD, max_Mx1, sum_Mx1, g_MxD = args
             weights = jnp.exp(_logits(q_MxD, k_SxD, bias_QxS) - max_Mx1)
             g_MxD = g_MxD / sum_Mx1.astype(dtype)  # and not the weights, [M, S]
-            along_Mx1 = jnp.sum(g_MxD.astype(jnp.float32) * out_MxD, -1, keepdims=True)
-            g_logits = weights * (product("md,sd->ms", g_MxD, v_SxD) - along_Mx1)
+            own_out_MxD = out_MxD - mean_v_1xD
+            along_Mx1 = jnp.sum(g_MxD.astype(jnp.float32) * own_out_MxD, -1, keepdims=True)
+            g_logits = weights * (product("md,sd->ms", g_MxD, own_v_SxD) - along_Mx1)
             # The narrow factor is transposed, not [M, S]: several times faster on a CPU.
             g_k_DxS = product("dm,ms->ds", q_MxD.T, g_logits.astype(dtype))
             g_v_DxS = product("dm,ms->ds", g_MxD.T, weights.astype(dtype))
@@ -234,7 +240,7 @@ def _heads_backward(kept, g_BHxNxMxD):
             if bias_QxS is not None:
                 g_bias = g_logits.sum(0, keepdims=True) if len(bias_QxS) == 1 else g_logits
             sums_DxS = sums_DxS[0] + g_k_DxS, sums_DxS[1] + g_v_DxS
-            return sums_DxS, (g_logits.astype(dtype) @ k_SxD, g_bias)
+            return sums_DxS, (g_logits.astype(dtype) @ own_k_SxD, g_bias)
 
         zeros = jnp.zeros(k_SxD.T.shape, jnp.float32)
         blocks = q_NxMxD, bias_NxQxS, *outputs, g_NxMxD

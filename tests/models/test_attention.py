@@ -79,6 +79,29 @@ def test_gradients_of_all_inputs_with_a_bias(block, queries, monkeypatch):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("shared", [0.0, 1.0, 10.0])
+def test_what_all_keys_share_does_not_blur_the_gradient(shared):
+    """The gradient of a query is a sum of keys whose weights cancel; 1e-3 and 1e-1 by the rule."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(0.1 * rng.normal(size=(1, 600, 2, 8)), jnp.float32) for _ in range(3))
+    k, v = (x + shared * jnp.asarray(rng.normal(size=(1, 1, 2, 8)), jnp.float32) for x in (k, v))
+    g = jnp.asarray(rng.normal(size=q.shape), jnp.float32)
+
+    def differentiated(impl, *arrays):
+        q, k, v, g = arrays
+        return jax.vjp(lambda *qkv: attention(*qkv, impl=impl), q, k, v)[1](g)[0]
+
+    found = differentiated("blocked", q, k, v, g)
+    wide = [np.asarray(x, np.float64) for x in (q, k, v, g)]
+    logits = np.einsum("blhd,bshd->bhls", *wide[:2]) / np.sqrt(8)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    slopes = np.einsum("blhd,bshd->bhls", wide[3], wide[2])
+    slopes = weights * (slopes - (weights * slopes).sum(-1, keepdims=True))
+    exact = np.einsum("bhls,bshd->blhd", slopes, wide[1]) / np.sqrt(8)
+    assert np.abs(found - exact).max() <= 1e-5 * np.abs(exact).max()
+
+
 def test_half_precision_sums_its_blocks_in_float32(monkeypatch):
     q, k, v = (x.astype(jnp.bfloat16) for x in qkv(length=640))
     exact = [x.astype(jnp.float32) for x in (q, k, v)]
