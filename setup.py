@@ -60,6 +60,13 @@ setup(
     name="cnxs_jax",
     version=version(),
     description="Fast, controllable, expert text-to-image in JAX and Flax",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     license="Apache-2.0",
     license_files=["LICENSE", "LICENSE-DATA"],
     python_requires=">=3.11",

@@ -141,6 +141,8 @@ class Progress:
 class StopSignal:
     """SIGTERM and SIGINT ask for a save and an exit; a second one ends the process at once.
 
+    In a notebook a second one ends the cell, for the process is the reader's whole session.
+
     With several processes the decision must fall at the same step everywhere, so JAX's own
     preemption notice is used there: SIGTERM alone, sent by the cluster.
     """
@@ -160,6 +162,8 @@ class StopSignal:
 
     def _handle(self, number, _):
         if self.name is not None:
+            if "ipykernel" in sys.modules:
+                raise KeyboardInterrupt
             os._exit(128 + number)
         self.name = signal.Signals(number).name
         print(f"\n{self.name}: saving, then stopping", file=sys.stderr, flush=True)

@@ -33,7 +33,7 @@ def main(argv=None):
     """Parses, loads, serves until it is interrupted; returns the exit code."""
     args = parse(argv)
     if importlib.util.find_spec("gradio") is None:
-        fix = 'in the checkout: pip install -e ".[demo]"'
+        fix = 'pip install "gradio>=6.31,<7"'
         raise ConfigError("the page needs gradio, which is not installed", "extra `demo`", fix)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
     from cnxs_jax.demo import draw

@@ -137,7 +137,9 @@ def arguments(studio, form):
         common |= {"image": hint(form, size), "controlnet_conditioning_scale": scale}
         extra["hint"] = form.hint
     if studio.styled:
-        common |= _style(form)
+        style = _style(form)
+        common |= style
+        extra |= {"style": True} if style else {}
     calls = [common]
     if len(studio.models) > 1:  # guided by its own default: a student has its guidance inside
         steps = inputs.whole(form.student_steps, "student's steps", 1, inputs.MAX_STEPS)

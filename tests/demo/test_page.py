@@ -206,8 +206,10 @@ def test_a_drawn_control_changes_the_pictures_and_their_edges_follow(pair, brows
             shown.append(drawn_hint(page, ring(*place)))
             found.append([pixels(source) for source in draw(page, 2 * (n + 1))[:2]])
         captions = [one.inner_text() for one in page.locator("#now figcaption").all()]
-        page.set_viewport_size({"width": 1180, "height": 1500})  # down to the hint
         page.evaluate("scrollTo(0, 0)")
+        place = page.locator("#hint img").bounding_box()
+        below = math.ceil(place["y"] + place["height"]) + 24
+        page.set_viewport_size({"width": 1180, "height": below})
         show(page, "demo_control")
     for hint, (x, y) in zip(shown, places, strict=True):  # as it was drawn: where, how wide, thin
         rows, columns = np.nonzero(hint.max(-1) > 128)
@@ -257,12 +259,13 @@ def _as_json(form):
 
 def test_hostile_requests_are_answered_and_nothing_of_the_server_is_told(server):
     assert len(server.ask(fields())[2]) == 1
-    forms, before = hostile(), server.memory()
+    forms, slowest, memory = hostile(), 0.0, []
     assert len(forms) >= 40
-    start = time.monotonic()
-    for _ in range(2):
+    for _ in range(4):  # what the first round brings in (decoders, buffers) stays
         for name, form in forms.items():
+            start = time.monotonic()
             status, warnings, pictures, text = server.ask(form)
+            slowest = max(slowest, time.monotonic() - start)
             if name in COERCED and pictures:
                 assert pixels(pictures[0]["src"])[0].shape == (64, 64, 3), name
                 continue
@@ -270,12 +273,13 @@ def test_hostile_requests_are_answered_and_nothing_of_the_server_is_told(server)
             assert status != 200 or warnings or '"success":false' in text, name
             assert not [word for word in SECRETS if word in text], name
             assert all(len(warning) < 2000 for warning in warnings), name
-    seconds = (time.monotonic() - start) / 2 / len(forms)
-    grown = server.memory() - before
+        memory.append(server.memory())
+    grown = memory[-1] - memory[0]
     assert len(server.ask(fields())[2]) == 1
-    record("demo: hostile requests", requests=2 * len(forms), grown_mib=round(grown),
-           seconds_each=round(seconds, 2))  # fmt: skip
-    assert grown < 150
+    record("demo: hostile requests", requests=3 * len(forms), grown_mib=round(grown, 1),
+           slowest_s=round(slowest, 2))  # fmt: skip
+    assert grown < 30  # a megabyte kept of every request would be 126
+    assert slowest < 20
 
 
 def test_memory_is_flat_over_many_pictures(server):
@@ -305,11 +309,14 @@ def test_the_bar_moves_while_one_model_works(server):
 def test_fifty_at_once(server):
     """The queue takes what it holds, refuses the rest, and goes on."""
     server.ask(fields(steps=20))  # compiles
+    before = server.memory()
     with concurrent.futures.ThreadPoolExecutor(50) as pool:
         answers = list(pool.map(lambda n: server.ask(fields(steps=20, seed=n)), range(50)))
     drawn = [pixels(pictures[0]["src"])[1]["seed"] for _, _, pictures, _ in answers if pictures]
     refused = [status for status, _, pictures, _ in answers if not pictures]
-    record("demo: fifty at once", drawn=len(drawn), refused=len(refused))
+    grown = round(server.memory() - before, 1)
+    record("demo: fifty at once", drawn=len(drawn), refused=len(refused), grown_mib=grown)
+    assert grown < 100
     assert QUEUE <= len(drawn) <= QUEUE + 5  # as one is drawn, another one comes in
     assert len(set(drawn)) == len(drawn)
     assert set(refused) <= {503}

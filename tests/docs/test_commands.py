@@ -23,7 +23,7 @@ ROOT = commands.ROOT
 TOOLS = {
     "pip", "python", "python3.11", ".", "git", "ruff", "hf", "sbatch", "bash", "kubectl",
     "set", "xpk", "srun", "sed", ".ci/run",
-    "playwright", "ssh",
+    "playwright", "ssh", "trap",
 }  # fmt: skip
 # Run by tests of their own, or not about this project.
 MODULES = {"pytest", "venv", "pip", "mkdocs"}

@@ -46,9 +46,23 @@ def test_every_example_is_on_a_page():
     assert {str(p.relative_to(ROOT)) for p in files} <= included
 
 
-def test_pictures_have_their_command():
-    """A page that shows a picture has a command on it or links the page that has it."""
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        if re.search(r"!\[", text):
-            assert "```bash" in text or "results/pixart_lcm.md" in text, page
+def sections(text):
+    """Texts from one heading to the next; a comment in a block of commands is no heading."""
+    plain = re.sub(r"```.*?```", lambda block: block[0].replace("\n#", "\n "), text, flags=re.S)
+    return re.split(r"^(?=#)", plain, flags=re.M)
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.stem)
+def test_pictures_have_their_command(page):
+    """In their own section, or on a page of results that the section names and that shows them."""
+    results = ROOT / "docs" / "results"
+    for section in sections(page.read_text(encoding="utf-8")):
+        named = [results / name for name in re.findall(r"results/(\w+\.md)", section)]
+        for picture in re.findall(r"!\[[^]]*\]\((?:\S+/)?(\S+)\)", section):
+            shown = [
+                part
+                for other in named
+                for part in sections(other.read_text(encoding="utf-8"))
+                if picture in part
+            ]
+            assert any("```bash" in part for part in [section, *shown]), f"{page}: {picture}"

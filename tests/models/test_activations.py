@@ -1,4 +1,4 @@
-"""Activations: PyTorch's values and gradients, and one array kept for the gradient."""
+"""Activations: the values and gradients of their formulas, one array kept for the gradient."""
 
 import math
 

@@ -5,6 +5,7 @@ Weights are drawn, the zero convolutions too. Beside the original code: `_origin
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import torch
 
@@ -30,18 +31,41 @@ def networks_of(name, model):
     return *base, *adapter
 
 
+def differentiated(model, arguments):
+    """(output NHWC, {name: gradient}) of the mean square."""
+    model.zero_grad()
+    out = model(**arguments).sample
+    out.square().mean().backward()
+    named = model.named_parameters()
+    return nhwc(out).copy(), {k: p.grad.numpy().copy() for k, p in named if p.grad is not None}
+
+
+def as_ours(grads, like):
+    """{path: gradient} of diffusers' gradients, as the parameters `like` have them."""
+    named, unknown = rules.to_diffusers(
+        grads, fused_layout.TABLES["controlnet"], rules.Problems("gradients")
+    )
+    assert not unknown
+    return tree.flatten(rules.to_params({k: g for k, (_, g) in named.items()}, like))
+
+
 @pytest.mark.parametrize("name", ["sd15_53m", "sd21_14m"])
 def test_forward_and_gradients_of_the_adapter(name):
-    """Some minutes and 12 GB each."""
+    """Some minutes and 15 GB each.
+
+    Gradients are those of PyTorch in float64: some are sums that cancel, of which its float32 has
+    less than four digits (`PyTorch's own error` of the figures).
+    """
     x, t, cond, arguments = full_size.controlled_inputs(name, full_size.SIZE, SCALE)
     model = full_size.on_meta(lambda: full_size.fused(name, "diffusers"))
     model.freeze_unet_params()
-    out = model(**arguments).sample
-    out.square().mean().backward()
-    expected = nhwc(out).copy()
-    grads = {k: p.grad.numpy() for k, p in model.named_parameters() if p.grad is not None}
+    expected, single = differentiated(model, arguments)
     module, params = control.attach(*networks_of(name, model), "diffusers")
-    del model, out
+    params = jax.tree.map(np.array, params)  # the tensors become wider now
+    model.double()
+    doubled = {k: v.double() if torch.is_tensor(v) else v for k, v in arguments.items()}
+    _, grads = differentiated(model, doubled)
+    del model
     full_size.free()
 
     def loss(own, base):
@@ -52,12 +76,11 @@ def test_forward_and_gradients_of_the_adapter(name):
         run = jax.jit(jax.grad(loss, has_aux=True))
         found, out = run(params["control"], params["base"])
     error = relative_error(out, expected)
-    problems = rules.Problems("gradients")
-    named, unknown = rules.to_diffusers(grads, fused_layout.TABLES["controlnet"], problems)
-    assert not unknown
-    theirs = rules.to_params({k: g for k, (_, g) in named.items()}, params["control"])
-    gradients, where = full_size.gradient_errors(tree.flatten(found), tree.flatten(theirs))
+    exact, single = (as_ours(g, params["control"]) for g in (grads, single))
+    gradients, where = full_size.gradient_errors(tree.flatten(found), exact)
+    own, _ = full_size.gradient_errors(single, exact)
     figures = {"relative_error": float(error), **gradients}
+    figures["PyTorch's own error"] = own["gradient_error"]
     print(f"{name}: {figures}, worst gradient {where}")
     checks.record(f"ControlNet-XS {name} against diffusers", **figures)
     assert error <= 1e-5
