@@ -6,6 +6,8 @@ import os
 import pathlib
 import tempfile
 
+from cnxs_jax.errors import ConfigError
+
 ASSETS = pathlib.Path(__file__).parent / "assets"
 
 
@@ -34,6 +36,20 @@ def write_text(path, text):
     """Writes a text in UTF-8."""
     with replacing(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def check_directory(path, where):
+    """Raises ConfigError unless `path` is a directory to write to, or can become one.
+
+    Args:
+        where: what named it, such as a flag.
+    """
+    path = pathlib.Path(path).absolute()
+    there = next(p for p in (path, *path.parents) if os.path.exists(p))
+    if not there.is_dir():
+        raise ConfigError(f"{there} is no directory", where, "name a directory")
+    if not os.access(there, os.W_OK):
+        raise ConfigError(f"{there} cannot be written to", where, "name another directory")
 
 
 def public_mode():

@@ -17,12 +17,14 @@ settings are refused. Of a config with stages the last one is evaluated. Several
 batch; several hosts (--distributed) share the pictures, in a directory that all of them see.
 """
 
+import math
 from pathlib import Path
 
 from absl import flags, logging
 from ml_collections import config_flags
 
 from cnxs_jax import errors
+from cnxs_jax.storage import check_directory
 from eval import controlled, measures, networks, plan, recipe, run
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -39,7 +41,9 @@ REFERENCE = flags.DEFINE_string(
 PROMPTS = flags.DEFINE_string(
     "prompts", None, "Prompts: a text file, one a line, or a folder of pictures with captions."
 )
-SIZE = flags.DEFINE_integer("size", None, "Side in px to which pictures of folders are cut.")
+SIZE = flags.DEFINE_integer(
+    "size", None, "Side in px to which pictures of folders are cut.", lower_bound=1
+)
 OUT = flags.DEFINE_string("out", None, "Directory of the report; default: WORKDIR/eval.")
 METRICS = flags.DEFINE_list(
     "metrics",
@@ -56,33 +60,41 @@ WEIGHTS = flags.DEFINE_multi_string(
 FEATURES = flags.DEFINE_string(
     "features", "efflite0", f"Network of fd, kid, mmd and prdc: {', '.join(networks.FEATURES)}."
 )
-NUM_PROMPTS = flags.DEFINE_integer("num_prompts", 512, "Prompts a row (KID claims: >= 1000).")
-NUM_REAL = flags.DEFINE_integer("num_real", 2000, "Real scenes that distributions compare with.")
+NUM_PROMPTS = flags.DEFINE_integer(
+    "num_prompts", 512, "Prompts a row (KID claims: >= 1000).", lower_bound=1
+)
+NUM_REAL = flags.DEFINE_integer(
+    "num_real", 2000, "Real scenes that distributions compare with.", lower_bound=1
+)
 STEPS = flags.DEFINE_list(
     "steps", None, "Student's steps in the comparison (1,2,4,8), or a pipeline's one number."
 )
 REFERENCE_STEPS = flags.DEFINE_integer(
-    "reference_steps", 50, "Guided steps of the teacher at its best."
+    "reference_steps", 50, "Guided steps of the teacher at its best.", lower_bound=1
 )
 GUIDANCE = flags.DEFINE_float(
-    "guidance_scale", None, "Default: of a teacher 1 + the config's omega, of a pipeline its own."
-)
+    "guidance_scale", None, "Default: of a teacher 1 + the config's omega, of a pipeline its own.",
+    lower_bound=0,
+)  # fmt: skip
+flags.register_validator(GUIDANCE, lambda v: v is None or math.isfinite(v), "expected a number")
 TEACHER = flags.DEFINE_string("teacher", None, "Pipeline directory; default: the config's.")
 STUDENT = flags.DEFINE_string(
     "student", None, "Pipeline directory; default: RUN/export, if RUN distilled a teacher."
 )
 BATCH = flags.DEFINE_integer("batch_size", None, "Pictures drawn at once.", lower_bound=1)
-SEED = flags.DEFINE_integer("seed", 0, "Of noise and prompts.", lower_bound=0)
+SEED = flags.DEFINE_integer(
+    "seed", 0, "Of noise and prompts.", lower_bound=0, upper_bound=2**32 - 1
+)
 REDRAW = flags.DEFINE_bool("redraw", False, "Draw again what was made with other settings.")
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Several hosts, in a cluster JAX knows.")
 
 
 def whole_numbers(words):
-    """The list of a flag as integers."""
+    """The list of `--steps` as positive integers."""
     try:
-        return tuple(int(w) for w in words)
-    except ValueError:
-        raise errors.ConfigError(f"not whole numbers: {words}", "--steps", "1,2,4,8") from None
+        return tuple(plan.count(w.strip()) for w in words)
+    except ValueError as error:
+        raise errors.ConfigError(str(error), "--steps", "1,2,4,8") from None
 
 
 def options():
@@ -121,11 +133,11 @@ def what():
 
 def directory():
     """Where the report goes."""
-    if OUT.value:
-        return Path(OUT.value)
-    if WORKDIR.value:
-        return Path(WORKDIR.value) / "eval"
-    raise errors.ConfigError("no directory for the report", "--out", "--out=DIR")
+    if not (OUT.value or WORKDIR.value):
+        raise errors.ConfigError("no directory for the report", "--out", "--out=DIR")
+    place = Path(OUT.value) if OUT.value else Path(WORKDIR.value) / "eval"
+    check_directory(place, "--out" if OUT.value else "--workdir")
+    return place
 
 
 def main(argv):

@@ -23,7 +23,7 @@ import numpy as np
 from absl import flags
 
 from cnxs_jax import errors
-from cnxs_jax.storage import write_json, write_text
+from cnxs_jax.storage import check_directory, write_json, write_text
 from eval import benchmark_start, flops
 from eval.benchmark_case import to_numpy, torch_device
 from eval.benchmark_cases import CASES
@@ -290,6 +290,8 @@ def run(name, size="full", repeats=5, steps=4, dtype="float32", compiled=False, 
 def main(argv):
     if len(argv) > 1:
         raise errors.ConfigError(f"unknown argument {argv[1]!r}", "command line", "see --help")
+    if OUT.value:
+        check_directory(OUT.value, "--out")
     try:
         import diffusers  # noqa: F401
         import torch  # noqa: F401

@@ -70,6 +70,11 @@ def once(name, size, steps, dtype):
 def main(argv):
     if len(argv) > 1:
         raise errors.ConfigError(f"unknown argument {argv[1]!r}", "command line", "see --help")
+    from eval.benchmark_cases import CASES
+
+    if CASE.value not in CASES:
+        what = f"unknown case {CASE.value!r}.{errors.did_you_mean(CASE.value, CASES)}"
+        raise errors.ConfigError(what, "--case", f"one of {', '.join(CASES)}")
     given = CASE.value, SIZE.value, STEPS.value, DTYPE.value
     if ONCE.value:
         print(json.dumps(once(*given)))

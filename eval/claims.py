@@ -17,7 +17,7 @@ from absl import flags, logging
 
 from cnxs_jax import backend, errors
 from cnxs_jax.diffusion import guidance, sampling, schedule, solvers
-from cnxs_jax.storage import write_json, write_text
+from cnxs_jax.storage import check_directory, write_json, write_text
 from eval import closed_forms, flops
 from eval.benchmark_case import normal
 from eval.benchmark_control import ControlNetUNet, ControlNetXSUNet
@@ -122,6 +122,8 @@ def main(argv):
     if len(argv) > 1:
         raise errors.ConfigError(f"unknown argument {argv[1]!r}", "command line", "see --help")
     logging.set_verbosity(logging.WARNING)  # JAX says at length which backends are not there
+    if OUT.value:
+        check_directory(OUT.value, "--out")
     names = [ONLY.value] if ONLY.value else list(CLAIMS)
     with backend.assume(backend.ACCELERATOR):
         found = {name: CLAIMS[name](SIZE.value) for name in names}

@@ -37,6 +37,7 @@ def main(config, workdir, *, out=None, sweep=(), steps=None, guidance_scale=None
     base, adapter, hint, weights = recipe.controller(config, workdir)
     config, _ = recipe.last_stage(config, workdir)
     world, size = recipe.scenes_of(config, metrics)
+    measures.check_numbers(metrics, options.num_prompts)
     if not Path(adapter).is_dir():
         raise ConfigError("the run has no controller yet", adapter, "finish its training")
     digest = draw.identity(base)

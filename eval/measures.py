@@ -73,11 +73,13 @@ class Metric:
             pictures themselves, `real` a Sample or `fid.Moments`.
         needs: of NEEDS.
         networks: of `networks.FILES`, or SELECTED.
+        least: pictures, and real ones where it reads them.
     """
 
     figures: object
     needs: tuple
     networks: tuple = ()
+    least: int = 1
 
 
 def scenes(sample, pair, real, tools):
@@ -194,17 +196,18 @@ def paired(column, distance):
 
 MISSING = f"not run ({features.INSTALL})"
 KID = on_features("kid", kernel_distance.kid)
+PRDC = on_features("prdc", lambda x, y: prdc.prdc(y, x))
 METRICS = {
     "scene_accuracy": Metric(scenes, ("facts",)),
-    "kid": Metric(KID, ("real",), (SELECTED,)),
+    "kid": Metric(KID, ("real",), (SELECTED,), least=3),
     "agreement": Metric(agree, ("pairs",)),
-    "fid": Metric(frechet("inception"), ("set",), ("inception",)),
-    "fd": Metric(frechet(None), ("set",), (SELECTED,)),
-    "mmd": Metric(on_features("mmd_rbf", mmd.mmd_rbf), ("real",), (SELECTED,)),
-    "cmmd": Metric(cmmd, ("real",), ("clip",)),
-    "prdc": Metric(on_features("prdc", lambda x, y: prdc.prdc(y, x)), ("real",), (SELECTED,)),
-    "clip_score": Metric(clip_score, ("captions",), ("clip",)),
-    "retrieval": Metric(r_precision, ("captions",), ("clip",)),
+    "fid": Metric(frechet("inception"), ("set",), ("inception",), least=2),
+    "fd": Metric(frechet(None), ("set",), (SELECTED,), least=2),
+    "mmd": Metric(on_features("mmd_rbf", mmd.mmd_rbf), ("real",), (SELECTED,), least=3),
+    "cmmd": Metric(cmmd, ("real",), ("clip",), least=3),
+    "prdc": Metric(PRDC, ("real",), (SELECTED,), least=6),
+    "clip_score": Metric(clip_score, ("captions",), ("clip",), least=2),
+    "retrieval": Metric(r_precision, ("captions",), ("clip",), least=2),
     "lpips": Metric(paired("lpips", lambda tools: tools.lpips), ("pairs",), ("vgg", "lpips")),
     "ssim": Metric(paired("ssim", lambda tools: quality.ssim), ("pairs",)),
     "psnr": Metric(paired("psnr", lambda tools: quality.psnr), ("pairs",)),
@@ -265,6 +268,26 @@ def check_needs(metrics, has):
                 what = f"the metric {name!r} needs {NEEDS[need]}"
                 able = [m for m in METRICS if all(has[n] for n in METRICS[m].needs)]
                 raise ConfigError(what, "--metrics", f"here: {','.join(able) or 'none'}")
+
+
+def check_numbers(metrics, drawn, real=None, where="--metrics"):
+    """Raises ConfigError for a metric that needs more pictures than there are.
+
+    Args:
+        drawn: pictures a row.
+        real: real pictures; None: statistics, or not known yet.
+        where: what named the metrics.
+    """
+    for name in metrics:
+        metric = METRICS[name]
+        compared = real is not None and {"set", "real"} & set(metric.needs)
+        if min(drawn, real if compared else drawn) < metric.least:
+            found = f"{drawn} and {real} real ones" if compared else drawn
+            raise ConfigError(
+                f"the metric {name!r} needs {metric.least} pictures or more, got {found}",
+                where,
+                "more pictures (--num_prompts, --num_real, larger folders), or other metrics",
+            )
 
 
 def figures(metrics, sample, pair, real, tools):

@@ -115,10 +115,10 @@ def _spread(text):
     first, last, step = [float(word) for word in (*text.split(":"), "1")][:3]
     if not (all(map(math.isfinite, (first, last, step))) and step > 0 and last >= first):
         raise ValueError("expected first:last or first:last:step, going up")
-    number = math.floor((last - first) / step + 1e-9) + 1
-    if number > MOST_VALUES:
-        raise ValueError(f"{number} values, at most {MOST_VALUES}")
-    return [f"{first + n * step:.10g}" for n in range(number)]
+    intervals = (last - first) / step + 1e-9
+    if not intervals < MOST_VALUES:
+        raise ValueError(f"expected at most {MOST_VALUES} values")
+    return [f"{first + n * step:.10g}" for n in range(math.floor(intervals) + 1)]
 
 
 def _scale(word):
@@ -128,7 +128,8 @@ def _scale(word):
     return value
 
 
-def _count(word):
+def count(word):
+    """A word as a positive integer; ValueError for others."""
     if not re.fullmatch(r"[1-9][0-9]*", word):
         raise ValueError(f"steps are positive whole numbers, not {word!r}")
     return int(word)
@@ -140,7 +141,7 @@ def _scheduler(word):
     return word
 
 
-SWEEPS = {"guidance_scale": _scale, "steps": _count, "scheduler": _scheduler}
+SWEEPS = {"guidance_scale": _scale, "steps": count, "scheduler": _scheduler}
 EXAMPLES = {"guidance_scale": "guidance_scale=1:8", "steps": "steps=1,2,4,8",
             "scheduler": "scheduler=ddim,dpmpp"}  # fmt: skip
 MOST_VALUES = 1000

@@ -20,7 +20,7 @@ import jax
 from absl import flags, logging
 
 from cnxs_jax import backend, errors
-from cnxs_jax.storage import write_json, write_text
+from cnxs_jax.storage import check_directory, write_json, write_text
 from eval import flops
 
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
@@ -130,6 +130,8 @@ def main(argv):
     if len(argv) > 1:
         raise errors.ConfigError(f"unknown argument {argv[1]!r}", "command line", "see --help")
     logging.set_verbosity(logging.WARNING)  # JAX says at length which backends are not there
+    if OUT.value:
+        check_directory(OUT.value, "--out")
     card = CARDS[CARD.value]
     found = {k: work(p, card) for k, p in programs(SIZE.value, STEPS.value).items()}
     text = table(found, card)

@@ -19,6 +19,7 @@ from eval.plan import Plan
 
 REAL_SEED = 1  # the real scenes that distributions are compared with; prompts come from seed 0
 ROWS = "eval_rows"  # the directory of the pictures
+LEAST = {"num_prompts": 1, "num_real": 1, "batch_size": 1, "size": 1, "seed": 0}  # of Options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +55,10 @@ class Options:
     alone: bool = False
 
     def __post_init__(self):
+        for name, least in LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name} is {value}, expected {least} or more", f"--{name}")
         networks.check_features(self.features)
         if self.metrics is not None:
             object.__setattr__(self, "metrics", measures.check(self.metrics))
@@ -112,15 +117,19 @@ def _sample(images, sets, tools):
     return test
 
 
-def finish(planned, gallery, options, out, *, metrics=None, matmul=None, summary=None):
+def finish(planned, gallery, options, out, *, metrics=None, matmul=None, summary=None,
+           number=None):  # fmt: skip
     """Draws, measures and writes: the path of the report, None in processes other than the first.
 
     `metrics` are those of a plan where none are asked for; else the usual ones that it can have.
+    `number` of pictures a row, where it is not that of the captions.
     Of several processes, unless `options.alone`, each draws its share into a directory that all of
     them see; the first one draws what is missing then, and measures.
     """
     metrics = options.metrics or metrics or measures.usual(planned.has)
     measures.check_needs(metrics, planned.has)
+    number = len(planned.sets["test"].captions) if number is None else number
+    measures.check_numbers(metrics, number, len(planned.real) if planned.has["real"] else None)
     several = jax.process_count() > 1 and not options.alone
     shared = several and isinstance(gallery, draw.Gallery)
     path = None
@@ -198,6 +207,7 @@ def main(config, workdir, *, steps=(1, 2, 4, 8), reference_steps=50,
     world, size = recipe.scenes_of(config, metrics)
     rows = plan.rows(steps, reference_steps, "student" in places, solvers)
     who = {name: draw.identity(path) for name, path in places.items()}
+    measures.check_numbers(metrics, options.num_prompts, options.num_real)
     sets = scene_sets(world, size, options, metrics)
     guidance_scale = recipe.trained_scale(config) if guidance_scale is None else guidance_scale
     mesh = draw.local_mesh()
@@ -319,4 +329,4 @@ def folders_of_pictures(images, reference, out, options):
         {"test": plan.Prompts("test", captions)}, real, pairs, maps=pairs is not None,
         notes=show.folder_notes(len(made), real, metrics, options.features),
     )  # fmt: skip
-    return finish(planned, lambda row, prompts: made, options, out)
+    return finish(planned, lambda row, prompts: made, options, out, number=len(made))

@@ -5,6 +5,7 @@ A study is a function that returns figures (tables under `TABLES`) and, perhaps,
 
 import hashlib
 import json
+import re
 
 from cnxs_jax.errors import ConfigError, did_you_mean
 from cnxs_jax.storage import replacing, write_json, write_text
@@ -48,10 +49,11 @@ def check_names(words, known, flag):
 
 def check_seeds(words):
     """`--seeds` as whole numbers; ConfigError for none, others, or one twice."""
-    if not words or not all(word.isdigit() for word in words) or len(set(words)) < len(words):
+    seeds = [int(word) for word in words if re.fullmatch("[0-9]{1,9}", word)]
+    if not words or len(set(seeds)) < len(words):
         what = f"expected different whole numbers, got {','.join(words) or 'none'}"
         raise ConfigError(what, "--seeds", "--seeds=0,1,2")
-    return [int(word) for word in words]
+    return seeds
 
 
 def digest(texts):

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import subprocess
 
 from cnxs_jax.storage import write_json
@@ -15,8 +16,12 @@ ROOT = pathlib.Path(__file__).parents[1]
 LOG = ROOT / "docs" / "results" / "checks.json"
 
 
-def record(name, **figures):
-    """Appends one entry, whole or not at all. Figures are numbers or short strings."""
+def record(name, environment=None, **figures):
+    """Appends one entry, whole or not at all. Figures are numbers or short strings.
+
+    Args:
+        environment: variables of the process that was checked, if it is not this one.
+    """
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
     )
@@ -26,12 +31,22 @@ def record(name, **figures):
         "commit": commit.stdout.strip() or "unknown",
         "command": f"pytest -m slow {os.environ.get('PYTEST_CURRENT_TEST', '').split(' ')[0]}",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "xla": optimization(environment or os.environ),
         "figures": figures,
     }
     LOG.parent.mkdir(parents=True, exist_ok=True)
     with locked(LOG.parent):
         entries = json.loads(LOG.read_text()) if LOG.is_file() else []
         write_json(LOG, [*entries, entry], sort_keys=False)  # killed, it leaves the old file
+
+
+def optimization(environment):
+    """Which of XLA's optimization levels `XLA_FLAGS` asks for; of several the last one counts."""
+    flags = environment.get("XLA_FLAGS", "").strip()
+    if flags[:1] not in ("", "-"):
+        return f"flags of {flags}"
+    found = re.findall(r"--xla_backend_optimization_level=(\S+)", flags)
+    return f"optimization level {found[-1]}" if found else "its own optimization level"
 
 
 @contextlib.contextmanager

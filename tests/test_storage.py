@@ -5,6 +5,7 @@ import json
 import pytest
 
 from cnxs_jax import storage
+from cnxs_jax.errors import ConfigError
 
 
 def test_json_comes_back_and_leaves_no_other_file(tmp_path):
@@ -24,6 +25,18 @@ def test_a_write_that_fails_keeps_the_old_file(tmp_path, monkeypatch):
         storage.write_text(path, "new")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["report.md"]
+
+
+def test_a_directory_that_cannot_be_written_is_named_before_the_work(tmp_path, monkeypatch):
+    storage.check_directory(tmp_path / "a" / "b", "--out")
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ConfigError, match="file is no directory.*--out"):
+            storage.check_directory(path, "--out")
+    monkeypatch.setattr(storage.os, "access", lambda *_: False)
+    with pytest.raises(ConfigError, match="cannot be written"):
+        storage.check_directory(tmp_path / "a", "--out")
 
 
 def test_others_may_read_what_was_written(tmp_path):

@@ -25,13 +25,16 @@ def check(config):
     from eval import measures, recipe  # heavy, and of no use to a run without a report
 
     given = config.report.to_dict()
+    metrics = given.get("metrics") or measures.USUAL
     if recipe.trains_controller(config):
         for key in OF_STUDENTS:
             if given.get(key) is not None:
                 what = f"a controller has no {key}, which are a teacher's"
                 raise ConfigError(what, f"config.report.{key}", "leave it out")
     try:
-        recipe.scenes_of(config, given.get("metrics") or measures.USUAL)
+        recipe.scenes_of(config, metrics)
+        numbers = given["num_prompts"], given["num_real"]
+        measures.check_numbers(metrics, *numbers, "config.report")
     except ConfigError as error:
         fix = "train without a report: --config.report.num_prompts=0"
         raise ConfigError(f"no report can be made: {error.what}", error.where, fix) from None

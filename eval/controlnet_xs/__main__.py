@@ -17,7 +17,7 @@ import cnxs_jax
 from cnxs_jax import errors
 from cnxs_jax.data import emoji_scenes
 from cnxs_jax.pipelines.control import read_controller
-from cnxs_jax.storage import fill
+from cnxs_jax.storage import check_directory, fill
 from cnxs_jax.tree import size
 from eval import measures, plan, study
 from eval.controlnet_xs import arms, bias, connections
@@ -94,6 +94,8 @@ def main(argv):
     if ARMS.present and "types" not in STUDY.value:
         raise errors.ConfigError("only the study types has arms", "--arms", "leave it out")
     study.check_seeds(SEEDS.value)
+    check_directory(OUT.value, "--out")
+    check_directory(RUNS.value, "--runs")
     measures.check_weights(("kid",), {}, "efflite0")  # before hours of training
     out, settings = Path(OUT.value), {"base": identity(place()), "number": NUMBER.value}
     settings |= {"seeds": SEEDS.value, "steps": TRAIN.value, "num_real": REAL.value}

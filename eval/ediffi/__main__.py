@@ -19,6 +19,7 @@ from absl import flags, logging
 
 import cnxs_jax
 from cnxs_jax import errors
+from cnxs_jax.storage import check_directory
 from eval import study
 from eval.draw import identity
 from eval.ediffi import attention, encoders, experts, painting, style
@@ -44,7 +45,9 @@ STUDY = flags.DEFINE_list(
 )
 OUT = flags.DEFINE_string("out", "runs/ediffi_studies", "Directory of the figures.")
 NUMBER = flags.DEFINE_integer("number", 256, "Pictures a row.", lower_bound=8)
-SEED = flags.DEFINE_integer("seed", 0, "Of questions and noise.", lower_bound=0)
+SEED = flags.DEFINE_integer(
+    "seed", 0, "Of questions and noise.", lower_bound=0, upper_bound=2**32 - 1
+)
 RUNS = flags.DEFINE_string("runs", "runs/ediffi_arms", "Directory of the arms' runs.")
 SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Training seeds of the arms.")
 TRAIN = flags.DEFINE_integer(
@@ -100,6 +103,9 @@ def check():
     study.check_seeds(SEEDS.value)
     if not CASCADE.value and STUDY.value != ["experts"]:
         raise errors.ConfigError("no pipeline to study", "--cascade", "--cascade=RUN/export")
+    check_directory(OUT.value, "--out")
+    if "experts" in STUDY.value:
+        check_directory(RUNS.value, "--runs")
 
 
 def main(argv):

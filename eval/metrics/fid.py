@@ -11,7 +11,7 @@ import os
 
 import numpy as np
 
-from cnxs_jax.errors import DataError
+from cnxs_jax.errors import DataError, first_line
 from eval.metrics import inputs
 from eval.metrics.mmd import Estimate
 
@@ -41,15 +41,17 @@ def load_moments(path):
     """Reference statistics: an `.npz` with `mu` and `sigma`, as pytorch-fid and clean-fid write.
 
     Raises:
-        DataError: no such file, or other or ill-shaped content.
+        DataError: no such file, a damaged one, or other or ill-shaped content.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        file = np.load(path, allow_pickle=False)
+        if isinstance(file, np.ndarray):
+            raise ValueError("a single array")
+        with file:
             mean, cov = (np.asarray(file[key], np.float64) for key in ("mu", "sigma"))
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        raise DataError(
-            f"no reference statistics: {str(error)[:80]}", str(path), "an .npz with mu and sigma"
-        ) from None
+    except Exception as error:  # damaged bytes make zipfile, zlib and numpy raise nearly anything
+        what = f"no reference statistics: {first_line(error)[:80]}"
+        raise DataError(what, str(path), "an .npz with mu and sigma") from None
     if mean.ndim != 1 or cov.shape != mean.shape * 2:
         raise DataError(f"mu {mean.shape} and sigma {cov.shape} do not belong together", str(path))
     return Moments(mean, cov)

@@ -121,7 +121,7 @@ def test_a_run_is_not_gone_on_with_on_another_base(tmp_path):
         arms.check_base(tmp_path / "base", tmp_path / "run")
 
 
-@pytest.mark.parametrize("words", [[], ["a"], ["0", "0"], ["-1"]])
+@pytest.mark.parametrize("words", [[], ["a"], ["0", "0"], ["-1"], ["²"], ["1", "01"], ["9" * 20]])
 def test_seeds_are_different_whole_numbers(words):
     with pytest.raises(ConfigError, match="different whole numbers"):
         study.check_seeds(words)

@@ -113,6 +113,35 @@ def test_statistics_that_are_none_are_refused(tmp_path):
             fid.load_moments(tmp_path / f"{name}.npz")
 
 
+def test_damaged_statistics_are_refused_in_one_way(tmp_path):
+    """Cut short anywhere or with any byte of the compressed file changed; or a renamed `.npy`.
+
+    A flip that the archive's checksums do not cover may leave the same statistics.
+    """
+    path, mu, sigma = tmp_path / "a.npz", np.arange(3.0), np.eye(3)
+    np.savez_compressed(path, mu=mu, sigma=sigma)
+    whole = path.read_bytes()
+    for cut in range(0, len(whole), 7):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(DataError, match="no reference statistics"):
+            fid.load_moments(path)
+    refused = 0
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :])
+        try:
+            found = fid.load_moments(path)
+        except DataError as error:
+            refused += "mu and sigma" in error.fix
+        else:
+            assert np.array_equal(found.mean, mu)
+            assert np.array_equal(found.cov, sigma)
+    assert refused > len(whole) / 2
+    with open(path, "wb") as file:
+        np.save(file, sigma)
+    with pytest.raises(DataError, match="no reference statistics: a single array"):
+        fid.load_moments(path)
+
+
 def test_bad_features_are_refused():
     with pytest.raises(DataError, match="width"):
         fid.frechet_distance(gaussians(9, 4), gaussians(9, 5))

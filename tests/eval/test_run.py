@@ -186,6 +186,65 @@ def test_user_mistakes_before_any_work(tmp_path, sets):
         run.main({}, tmp_path, prompts="file.txt")
 
 
+@pytest.mark.parametrize(
+    "given",
+    [{"num_prompts": -3}, {"num_real": 0}, {"size": -3}, {"batch_size": 0}, {"seed": -1}],
+    ids=str,
+)
+def test_numbers_below_their_least_are_refused(given):
+    (name,) = given
+    with pytest.raises(ConfigError, match=f"{name} is {given[name]}, expected"):
+        run.Options(prompts="a file", **given)
+
+
+def test_too_few_pictures_are_refused_before_any_is_drawn(tmp_path, sets):
+    few = {"test": sets["test"].head(2)}
+    planned = plan.Plan("Test", plan.rows((1,)), few, sets["test"].images)
+    fake = Fake(sets["test"])
+    options = run.Options(metrics=("agreement", "kid"))
+    with pytest.raises(ConfigError, match="'kid' needs 3 pictures or more, got 2 and 12 real"):
+        run.finish(planned, gallery(fake, tmp_path / "rows"), options, tmp_path)
+    assert not fake.calls
+    planned = plan.Plan("Test", plan.rows((1,)), sets, sets["test"].images[:2])
+    with pytest.raises(ConfigError, match="got 12 and 2 real"):
+        run.finish(planned, gallery(fake, tmp_path / "rows"), options, tmp_path)
+    assert not fake.calls
+
+
+COUNTED = [name for name, metric in measures.METRICS.items() if metric.least > 1]
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_the_least_number_of_pictures_is_the_metrics_own(name):
+    """With so many it is measured, with one less it would fail."""
+
+    def figures(drawn, real):
+        clip = SimpleNamespace(name="clip_l14_336", embed_texts=lambda texts: texts)
+        own = {n: (n, lambda x: x) for n in ("efflite0", "inception", "clip")}
+        given = SimpleNamespace(features="efflite0", extractor=own.get, clip=clip)
+        x, y = (np.random.default_rng(n).normal(size=(n, 4)) for n in (drawn, real))
+        prompts = SimpleNamespace(captions=x + 1)
+        sample = measures.Sample(x, prompts, given)
+        return measures.figures((name,), sample, None, measures.Sample(y, None, given), given)
+
+    least = measures.METRICS[name].least
+    measures.check_numbers((name,), least, least)
+    found = figures(least, least)
+    values = [v["value"] for v in found.values()]
+    assert np.isfinite(values).all()
+    compares = not {"captions"} & set(measures.METRICS[name].needs)
+    for numbers in [(least - 1, least)] + [(least, least - 1)] * compares:
+        with pytest.raises(ConfigError, match=f"needs {least} pictures"):
+            measures.check_numbers((name,), *numbers)
+        with pytest.raises((ConfigError, DataError)):
+            figures(*numbers)
+
+
+def test_statistics_do_not_say_how_many_pictures_made_them():
+    measures.check_numbers(("fid", "fd"), 2)
+    measures.check_numbers(("clip_score",), 2, 1)
+
+
 class FakePipe:
     """Paints each picture with its seed's index, and remembers how it was asked."""
 

@@ -32,6 +32,7 @@ def test_sweeps(text, values):
         ("guidance_scale=1:8:0", "going up"),
         ("guidance_scale=1:inf", "going up"),
         ("guidance_scale=1:2:1e-9", "at most 1000"),
+        ("guidance_scale=0:1e308:1e-10", "at most 1000"),
         ("guidance_scale=-1,2", "0 or more"),
         ("guidance_scale=nan", "0 or more"),
         ("guidance_scale=2,2.0", "twice"),

@@ -75,7 +75,7 @@ def note(name, seconds, **figures):
     """Keeps what a run of a notebook found, and with which jax."""
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     figures = {"seconds": round(seconds), "python": python, "jax": jax.__version__, **figures}
-    record(f"notebook {name}", **figures)
+    record(f"notebook {name}", readers_environment(), **figures)
 
 
 def tiles(out, cell, rows, cols, labelled):

@@ -286,6 +286,17 @@ def test_a_report_that_cannot_be_made_is_refused_before_training(
         loop.main(config, tmp_path)
 
 
+def test_a_report_of_too_few_pictures_is_refused_before_training(tmp_path, not_run):
+    config = configs.pixart_lcm.get_config()
+    config.report.num_prompts = 2
+    with pytest.raises(ConfigError, match="'kid' needs 3 pictures or more, got 2") as error:
+        loop.main(config, tmp_path)
+    assert error.value.where == "config.report"
+    config.report.metrics = ("agreement",)
+    with pytest.raises(not_run):
+        loop.main(config, tmp_path)
+
+
 def test_a_run_on_ones_own_pictures_has_no_report(tmp_path, not_run):
     """Only scenes have a truth to compare with; nothing needs to be said."""
     config = configs.pixart_lcm.get_config()
