@@ -18,6 +18,7 @@ import numpy as np
 
 from cnxs_jax import control
 from cnxs_jax.convert import controlnet_xs_fused, files, pixart_control
+from cnxs_jax.data import pixels
 from cnxs_jax.errors import ConfigError
 from cnxs_jax.pipelines import images as pictures
 
@@ -211,7 +212,7 @@ def _pictures(given):
     found = []
     for row in rows:
         if hasattr(row, "convert"):
-            found.append(row.convert("RGB"))
+            found.append(pixels.rgb(row, "image"))
             continue
         try:
             found.append(pictures.to_array(row))
