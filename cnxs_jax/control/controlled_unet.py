@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cnxs_jax.control import factors
 from cnxs_jax.errors import ConfigError
 from cnxs_jax.models.activations import silu
 from cnxs_jax.models.conv import Conv
@@ -118,7 +119,7 @@ class ControlledUNet(nn.Module):
         cond = self.prepare(cond)
         self._check_size(x, cond)
         base, adapters, ready = self.base, self._adapters(), cond["prepared_control"]
-        weights = Weights(cond, self.several, len(adapters), self.num_connections)
+        weights = Weights(cond, self.several, len(adapters), x.shape[0], self.num_connections)
         temb = self._time(t, cond, adapters, weights)
         runs = [
             Run(a, x, a.embed(t, temb, r), r, cond) for a, r in zip(adapters, ready, strict=True)
@@ -171,6 +172,7 @@ class ControlledUNet(nn.Module):
         f = self.hint_factor
         height, width = f * x.shape[1], f * x.shape[2]
         for hint in jax.tree.leaves(cond.get("hint", ())):
+            factors.check_batch(hint, x.shape[0])
             if hint.shape[1:3] != (height, width):
                 raise ConfigError(
                     f"a hint of {hint.shape[1]}x{hint.shape[2]} pixels for latents of "
@@ -211,37 +213,22 @@ class Run:
 class Weights:
     """The factors of all adapters and connections, read from `cond`; None stands for 1."""
 
-    def __init__(self, cond, several, count, num_connections):
-        def read(key):
-            value = cond.get(key)
-            if value is None:
-                return (None,) * count
-            is_tuple = isinstance(value, tuple | list)
-            values = tuple(value) if is_tuple else (value,)
-            if is_tuple != several or len(values) != count:
-                what = f"{len(values)} values for {count} adapters"
-                raise ConfigError(what, f'cond["{key}"]', "a tuple only for several adapters")
-            return values
+    def __init__(self, cond, several, count, batch, num_connections):
+        def read(key, *rest):
+            return factors.read(cond, key, count, several, (batch, *rest))
 
         self.scales, self.active = read("control_scale"), read("control_active")
-        self.connections = read("connection_scale")
-        for value in self.connections:
-            if value is not None and value.shape[-1] != num_connections:
-                raise ConfigError(
-                    f"{value.shape[-1]} scales for {num_connections} connections",
-                    'cond["connection_scale"]',
-                    "give [B,2N+1]: N encoder stages, the middle, N decoder stages",
-                )
+        self.connections = read("connection_scale", num_connections)
 
     def add(self, h, connection, residuals):
         """`h` plus each residual that is not None, times its factors."""
         for i, residual in enumerate(residuals):
             if residual is None:
                 continue
-            factors = [self.scales[i], self.active[i]]
+            own = [self.scales[i], self.active[i]]
             if self.connections[i] is not None:
-                factors.append(self.connections[i][:, connection])
-            for factor in factors:
+                own.append(self.connections[i][:, connection])
+            for factor in own:
                 if factor is not None:
                     residual = residual * factor.astype(residual.dtype)[:, None, None, None]
             h = h + residual
@@ -253,8 +240,7 @@ class Weights:
         `tied`: the scale counts as part of it.
         """
         mix = jnp.full((1, 1), mix, jnp.float32)
-        factors = (self.scales[i] if tied else None, self.active[i])
-        for factor in factors:
+        for factor in (self.scales[i] if tied else None, self.active[i]):
             if factor is not None:
                 mix = mix * jnp.maximum(factor.astype(jnp.float32), 0.0)[:, None]
         return mix

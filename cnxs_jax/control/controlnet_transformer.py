@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cnxs_jax.control import factors
 from cnxs_jax.errors import ConfigError, did_you_mean
 from cnxs_jax.models.dit import (
     PixArt,
@@ -190,7 +191,11 @@ class ControlledPixArt(nn.Module):
 
     def __call__(self, x, t, cond):
         cond = self.prepare(cond)
+        several = isinstance(self.control, Adapters)
+        count = len(self.control.adapters) if several else 1
+        scales = factors.read(cond, "control_scale", count, several, x.shape[:1])
         for hint in jax.tree.leaves(cond["hint"]):
+            factors.check_batch(hint, x.shape[0])
             if hint.shape[1:3] != x.shape[1:3]:
                 raise ConfigError(
                     f"a hint of {hint.shape[1]}x{hint.shape[2]}, latents of {x.shape[1]}x"
@@ -205,7 +210,8 @@ class ControlledPixArt(nn.Module):
         run = self._create if self.is_initializing() else self._blocks
 
         def control(source):
-            return self.control(source, cond["prepared_control"], text, cond.get("control_scale"))
+            scale = scales if several else scales[0]
+            return self.control(source, cond["prepared_control"], text, scale)
 
         h = run(h, control, (kv, *text))
         return self.base.final(h, emb, x.shape[1:3])

@@ -43,7 +43,14 @@ from cnxs_jax import tree
 from cnxs_jax.control import controlled_unet
 from cnxs_jax.control.controlled_unet import COMPAT, HintEmbedding, zero_conv
 from cnxs_jax.control.xs_blocks import Connections, ControlLevel, ControlMiddle
-from cnxs_jax.control.xs_sizes import Plan, check_config, check_fit, heads_of, of_base
+from cnxs_jax.control.xs_sizes import (
+    Plan,
+    check_config,
+    check_fit,
+    check_sizes,
+    heads_of,
+    of_base,
+)
 from cnxs_jax.errors import ConfigError, did_you_mean
 from cnxs_jax.models.conv import Conv
 from cnxs_jax.models.layers import TimestepEmbedding
@@ -258,10 +265,10 @@ def from_unet(base, size_ratio=None, block_out_channels=None, head_channels=None
     channels as there are heads. Else (SD 2.1, SDXL) a head has the largest number of channels that
     divides the level's and is at most `head_channels`, by default the base's own.
 
-    Raises ConfigError unless exactly one of `size_ratio` and `block_out_channels` is given.
+    Raises ConfigError unless exactly one of `size_ratio` and `block_out_channels` is given, and for
+    sizes that are not positive.
     """
-    if (size_ratio is None) == (block_out_channels is None):
-        raise ConfigError("give either size_ratio or block_out_channels", "controlnet_xs.from_unet")
+    check_sizes(base, size_ratio, block_out_channels, head_channels)
     if block_out_channels is None:
         first = max(1, int(base.block_out_channels[0] * size_ratio))
         steps = (width // base.block_out_channels[0] for width in base.block_out_channels)

@@ -1,6 +1,7 @@
 """Sizes of ControlNet-XS: of every block, of heads and groups, and whether they fit a base."""
 
 import math
+import numbers
 
 from cnxs_jax.control.controlled_unet import check_same
 from cnxs_jax.control.xs_blocks import most_groups
@@ -141,6 +142,28 @@ def heads_of(base, widths, head_channels=None):
     return {"num_attention_heads": tuple(w // most_groups(w, min(w, most)) for w in widths)}
 
 
+def check_sizes(base, size_ratio, widths, head_channels):
+    """Raises ConfigError for arguments of `from_unet` of which no adapter can be made."""
+    where, n = "controlnet_xs.from_unet", len(base.block_out_channels)
+    if (size_ratio is None) == (widths is None):
+        raise ConfigError("give either size_ratio or block_out_channels", where)
+    if widths is None:
+        real = isinstance(size_ratio, numbers.Real) and not isinstance(size_ratio, bool)
+        if not real or not 0 < size_ratio < math.inf:
+            fix = "the published ones lie between 0.0125 and 0.2"
+            what = f"size_ratio = {size_ratio!r}, expected a positive number"
+            raise ConfigError(what, where, fix)
+    elif len(widths) != n or not all(_counts(w) for w in widths):
+        what = f"block_out_channels = {tuple(widths)}, expected {n} positive numbers"
+        raise ConfigError(what, where, "give the channels of each level")
+    if head_channels is not None and not _counts(head_channels):
+        raise ConfigError(f"head_channels = {head_channels!r}, expected a positive number", where)
+
+
+def _counts(value):
+    return type(value) is int and value > 0
+
+
 def check_fit(base, adapter):
     """Raises ConfigError for an adapter of another base, or one that diffusers cannot express."""
     theirs = of_base(base)
@@ -181,11 +204,11 @@ def check_config(adapter):
     if not set(adapter.down_block_types) <= set(DOWN):
         raise ConfigError(f"down_block_types = {adapter.down_block_types}", where)
     names = ("num_attention_heads", "transformer_layers_per_block", "layers_per_block")
-    for name in (*names, "attention_head_width"):
+    for name in ("block_out_channels", *names, "attention_head_width"):
         given = adapter.per_level(getattr(adapter, name))
         if name == "attention_head_width" and set(given) == {None}:
             continue
-        if len(given) != n or not all(type(v) is int and v > 0 for v in given):
+        if len(given) != n or not all(_counts(v) for v in given):
             raise ConfigError(f"{name} = {given}, expected {n} positive numbers", where)
     latent_sides(adapter.sample_size, where)
     heads = adapter.per_level(adapter.num_attention_heads)

@@ -280,11 +280,16 @@ def family_of(config, where):
 
 def family_of_module(module):
     """The family of a module instance. Raises ConfigError."""
+    family = known_family(module)
+    if family is None:
+        raise ConfigError(f"no file layout is known for {type(module).__name__}")
+    return family
+
+
+def known_family(module):
+    """The family of a module instance, or None."""
     name = f"{type(module).__module__}:{type(module).__name__}"
-    for family in FAMILIES:
-        if family.module == name:
-            return family
-    raise ConfigError(f"no file layout is known for {type(module).__name__}")
+    return next((family for family in FAMILIES if family.module == name), None)
 
 
 def build(family, config, where, dtype=None):

@@ -16,6 +16,7 @@ import pathlib
 import numpy as np
 
 from cnxs_jax import errors
+from cnxs_jax.data import pixels
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 METADATA = "metadata.jsonl"
@@ -167,19 +168,16 @@ def opened(path, where=None):
 
 
 def turned(picture):
-    """RGB, upright, on white."""
-    from PIL import Image, ImageOps
+    """RGB as `pixels.rgb` makes it, upright."""
+    from PIL import ImageOps
 
+    name = str(getattr(picture, "filename", "picture"))
     try:
-        picture = ImageOps.exif_transpose(picture)
-        if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-            rgba = picture.convert("RGBA")
-            white = Image.new("RGBA", rgba.size, "white")
-            picture = Image.alpha_composite(white, rgba)
-        return picture.convert("RGB")
+        return pixels.rgb(ImageOps.exif_transpose(picture), name)
+    except errors.ConfigError as error:
+        raise errors.DataError(error.what, name, error.fix) from None
     except (OSError, ValueError, SyntaxError) as error:
-        name = getattr(picture, "filename", "picture")
-        raise errors.DataError(f"damaged picture: {error}", str(name), "remove it") from None
+        raise errors.DataError(f"damaged picture: {error}", name, "remove it") from None
 
 
 def covered(picture, height, width):

@@ -13,6 +13,7 @@ import numpy as np
 from cnxs_jax.control import hints
 from cnxs_jax.control.paint import colour_masks
 from cnxs_jax.convert import hed
+from cnxs_jax.data import pixels
 from cnxs_jax.errors import ConfigError
 from cnxs_jax.pipelines.request import MAX_PROMPT
 
@@ -121,7 +122,7 @@ def picture(field, name):
             if image.width * image.height > MAX_PIXELS:
                 what = f"{image.width}x{image.height} pixels, at most {MAX_PIXELS} in all"
                 raise ConfigError(what, name, "make the picture smaller")
-            return _plain(image)
+            return _plain(image, name)
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError):
         fix = f"give a {', '.join(FORMATS)} of at most {MAX_PIXELS} pixels"
         raise ConfigError("not a readable picture", name, fix) from None
@@ -141,15 +142,11 @@ def _bytes(url, name):
         raise ConfigError("the data is not base64", name) from None
 
 
-def _plain(image):
-    """Turned as its camera was held, on white, RGB, nothing but pixels."""
+def _plain(image, name):
+    """RGB as `pixels.rgb` makes it, turned as its camera was held, nothing but pixels."""
     from PIL import Image, ImageOps
 
-    image = ImageOps.exif_transpose(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return Image.fromarray(np.asarray(image.convert("RGB")))
+    return Image.fromarray(np.asarray(pixels.rgb(ImageOps.exif_transpose(image), name)))
 
 
 def word_masks(painting, strength):

@@ -105,6 +105,10 @@ def pair(cond, null):
     """`[2B, ...]`: the conditional batch, then the same with the keys of `null` replaced."""
     _known(cond, null, "null")
     other = {**cond, **null}
+    for key in cond:
+        if any(jnp.ndim(leaf) == 0 for leaf in jax.tree.leaves((cond[key], other[key]))):
+            what = "one number for all images has no batch to double"
+            raise ConfigError(what, f'cond["{key}"]', "give an array [B]")
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), dict(cond), other)
 
 

@@ -12,12 +12,14 @@ import numbers
 import os
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cnxs_jax import control
-from cnxs_jax.convert import controlnet_xs_fused, files, pixart_control
+from cnxs_jax import control, tree
+from cnxs_jax.convert import controlnet_xs_fused, families, files, pixart_control
+from cnxs_jax.data import pixels
 from cnxs_jax.errors import ConfigError
 from cnxs_jax.pipelines import images as pictures
 
@@ -79,10 +81,8 @@ def open_controllers(given, dtype=None, compat="official", mesh=None, offload=No
     from cnxs_jax.pipelines.load import place
 
     def one(item):
-        if isinstance(item, Controller):
-            return item
-        if isinstance(item, tuple) and len(item) == 2:
-            return Controller(*item, compat if has_choice(item[0]) else "official")
+        if isinstance(item, tuple):
+            return of_pair(item, compat)
         if isinstance(item, str | os.PathLike):
             return read_controller(item, dtype, compat)
         raise ConfigError(
@@ -96,6 +96,40 @@ def open_controllers(given, dtype=None, compat="official", mesh=None, offload=No
         return tuple(c._replace(params=jax.device_get(c.params)) for c in found)
     # `place` empties what it is given; the caller's own tree stays.
     return tuple(c._replace(params=place(jax.tree.map(lambda x: x, c.params), mesh)) for c in found)
+
+
+def of_pair(pair, compat="official"):
+    """The `Controller` of (module, params), or of one; `compat` is for a pair.
+
+    Raises ConfigError for anything else, and for the parameters of another network.
+    """
+    kinds = [type(part).__name__ for part in pair]
+    whole = len(pair) == 2 or isinstance(pair, Controller)
+    if not whole or not isinstance(pair[0], nn.Module) or not isinstance(pair[1], dict):
+        fix = "give a path, or what `load_model` returns; several controllers as a list"
+        what = f"expected (module, params), got ({', '.join(kinds)})"
+        raise ConfigError(what, "control", fix)
+    check_params(*pair[:2])
+    if isinstance(pair, Controller):
+        return pair
+    return Controller(*pair, compat if has_choice(pair[0]) else "official")
+
+
+def check_params(module, params):
+    """Raises ConfigError unless names and shapes are the module's; of unknown classes nothing."""
+    if families.known_family(module) is None:
+        return
+    trees = (families.shapes(module), params)
+    wanted, given = ({k: np.shape(v) for k, v in tree.flatten(one).items()} for one in trees)
+    wrong = sorted(k for k in wanted | given if wanted.get(k) != given.get(k))
+    if wrong:
+        name, kind = wrong[0], type(module).__name__
+        raise ConfigError(
+            f"{len(wrong)} parameters do not fit the {kind}: {name} is "
+            f"{given.get(name, 'missing')}, expected {wanted.get(name, 'none of this name')}",
+            "control",
+            "give module and parameters of one network, as `load_model` returns them",
+        )
 
 
 def read_controller(path, dtype=None, compat="official"):
@@ -211,7 +245,7 @@ def _pictures(given):
     found = []
     for row in rows:
         if hasattr(row, "convert"):
-            found.append(row.convert("RGB"))
+            found.append(pixels.rgb(row, "image"))
             continue
         try:
             found.append(pictures.to_array(row))

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 
+from cnxs_jax.data import pixels
 from cnxs_jax.errors import ConfigError, DataError, NumericsError
 from cnxs_jax.storage import replacing
 
@@ -40,7 +41,7 @@ def to_uint8(x):
 def to_array(image):
     """float32 [H,W,3] in [0,1] of a PIL picture, or of an array: uint8, or float in [0,1]."""
     if hasattr(image, "convert"):
-        image = np.asarray(image.convert("RGB"))
+        image = pixels.rgb(image)
     image = np.asarray(image)
     if image.ndim != 3 or image.shape[-1] != 3:
         raise ConfigError(f"expected one RGB image [H,W,3], got shape {image.shape}", "images")

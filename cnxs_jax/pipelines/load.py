@@ -123,6 +123,8 @@ def open_model(path, component=None, config=None, dtype=None):
     module, target = families.build(family, given, str(where), dtype)
     if callable(table):
         table = table(module)
+        if controlnet_xs.is_official(tensors):
+            tensors = controlnet_xs.folded(tensors, module, str(weights))
         if part is None:
             report_unused(tensors, table, weights)
     return module, target, tensors, table, str(weights)

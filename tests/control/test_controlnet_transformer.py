@@ -202,9 +202,12 @@ def test_misfits(adapter, compat, words):
         ({"hint": (jnp.zeros((2, 8, 8, 4)),)}, "hints for 1 adapters"),
         ({"hint": jnp.zeros((2, 8, 8, 3))}, "a hint of 3 channels"),
         ({"hint": jnp.zeros((2, 4, 4, 4))}, "a hint of 4x4"),
+        ({"hint": jnp.zeros((3, 8, 8, 4))}, "a hint of batch 3 for latents of batch 2"),
+        ({"control_scale": jnp.ones(())}, r"shape \[\], expected \[2\]"),
+        ({"control_scale": (jnp.ones(2),)}, "1 values for 1 adapters"),
     ],
 )
-def test_bad_hints(inputs, base_params, change, words):
+def test_bad_conditions(inputs, base_params, change, words):
     module, params = control.attach(BASE, base_params, adapter_of(), from_base(base_params, 2))
     x, t, cond = inputs
     with pytest.raises(ConfigError, match=words):

@@ -290,6 +290,7 @@ def test_misfits(adapter, compat, words):
     [
         (dict(control_type="D"), "control_type = 'D'"),
         (dict(infusion="mul"), "infusion"),
+        (dict(block_out_channels=(0, 6)), r"block_out_channels = \(0, 6\), expected 2 positive"),
         (dict(conditioning_channel_order="rbg"), "conditioning_channel_order"),
         (dict(num_attention_heads=(1, 2, 3)), "expected 2 positive"),
         (dict(num_attention_heads=5), "5 attention heads on 4 channels"),
@@ -313,7 +314,14 @@ def test_bad_configs(changes, words):
         ({"hint": jnp.zeros((2, 6, 6, 3))}, "6x6 pixels for latents of 3x5"),
         ({"hint": jnp.zeros((2, 6, 10, 3), jnp.uint8)}, "uint8, expected floats"),
         ({"control_scale": (jnp.ones(2),) * 2}, "adapters"),
-        ({"connection_scale": jnp.ones((2, 3))}, "3 scales for 9 connections"),
+        ({"hint": jnp.zeros((3, 6, 10, 3))}, "a hint of batch 3 for latents of batch 2"),
+        ({"control_scale": 1.0}, r"shape \[\], expected \[2\] \[cond\["),
+        ({"control_scale": jnp.ones(())}, r"shape \[\], expected \[2\]"),
+        ({"control_scale": jnp.ones(3)}, r"(?s)shape \[3\], expected \[2\].*one number an image"),
+        ({"control_active": jnp.ones((2, 1))}, r"shape \[2, 1\], expected \[2\]"),
+        ({"connection_scale": jnp.ones((2, 3))}, r"(?s)shape \[2, 3\], expected \[2, 9\].*middle"),
+        ({"connection_scale": jnp.ones(9)}, r"shape \[9\], expected \[2, 9\]"),
+        ({"connection_scale": jnp.ones((3, 9))}, r"shape \[3, 9\], expected \[2, 9\]"),
     ],
 )
 def test_bad_conditions(base, change, words):
@@ -323,6 +331,35 @@ def test_bad_conditions(base, change, words):
     x, t, cond = inputs()
     with pytest.raises(ConfigError, match=words):
         jax.eval_shape(module.apply, {"params": params}, x, t, {**cond, **change})
+
+
+def test_one_row_of_conditions_serves_the_batch(controlled):
+    module, params = controlled("B", "cat")
+    x, t, cond = inputs()
+    cond["hint"][1] = cond["hint"][0]
+    one = {k: cond[k][:1] for k in ("hint", "control_scale", "connection_scale")}
+    found = run(module, params, x, t, cond | one)
+    np.testing.assert_allclose(found, run(module, params, x, t, cond), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({}, "either size_ratio or block_out_channels"),
+        ({"size_ratio": -1}, "size_ratio = -1, expected a positive number"),
+        ({"size_ratio": 0.0}, "size_ratio = 0.0"),
+        ({"size_ratio": float("nan")}, "size_ratio = nan"),
+        ({"size_ratio": "0.1"}, "size_ratio = '0.1'"),
+        ({"block_out_channels": (0, 6)}, r"block_out_channels = \(0, 6\), expected 2 positive"),
+        ({"block_out_channels": (4,)}, "expected 2 positive numbers"),
+        ({"block_out_channels": (4.0, 6)}, "expected 2 positive numbers"),
+        ({"size_ratio": 0.5, "head_channels": -1}, "head_channels = -1"),
+    ],
+)
+def test_sizes_that_cannot_be(sizes, words):
+    with pytest.raises(ConfigError, match=words) as caught:
+        controlnet_xs.from_unet(BASE, **sizes)
+    assert caught.value.where == "controlnet_xs.from_unet"
 
 
 @pytest.mark.parametrize("values", [(-1.0, 1.0), (0.0, 255.0), (0.0, np.nan)])

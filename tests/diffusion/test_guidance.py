@@ -48,6 +48,20 @@ def test_without_null_it_is_the_plain_denoiser():
     np.testing.assert_array_equal(out, network({}, X, T, plain))
 
 
+@pytest.mark.parametrize("scale", [1.0, jnp.ones(())])
+def test_one_number_for_all_images_is_refused(scale):
+    """While sampling, too, where the row's factor is in it already."""
+    table = solvers.ddim(schedule.scaled_linear(), 2)
+    cond = COND | {"control_scale": scale, "hint": X}
+    for run in (
+        lambda: guidance.cfg(network)({}, X, T, cond),
+        lambda: sampling.sample(guidance.cfg(network), {}, X, cond, table),
+    ):
+        with pytest.raises(ConfigError, match="one number for all images") as caught:
+            run()
+        assert caught.value.where == 'cond["control_scale"]'
+
+
 def test_mistakes_are_refused():
     with pytest.raises(ConfigError, match="guidance_scale"):
         guidance.cfg(network)({}, X, T, {"shift": X, "null": {}})

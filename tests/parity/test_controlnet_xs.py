@@ -1,7 +1,7 @@
 """ControlNet-XS against diffusers' fused model, and against the original network's arithmetic.
 
 Float32, every parameter perturbed, zero convolutions and norms too. The original network is here
-diffusers' with its norms corrected; `test_controlnet_xs_official` runs the original code.
+diffusers' with its norms corrected; `test_controlnet_xs_original` runs the original code.
 """
 
 import jax

@@ -4,7 +4,10 @@ diffusers 0.42 has them among its deprecated pipelines, under their old names.
 `pytest -m slow tests/parity/test_xs_pipeline.py` runs the rest: what compiles programs of its own.
 """
 
+import inspect
 import json
+import pathlib
+import re
 
 import jax
 import numpy as np
@@ -18,6 +21,7 @@ from diffusers import (
 
 from cnxs_jax import load_model, load_pipeline, save_pipeline
 from cnxs_jax.pipelines.control import Controller
+from cnxs_jax.pipelines.stable_diffusion import StableDiffusionPipeline, StableDiffusionXLPipeline
 from tests.parity.helpers import perturb
 from tests.parity.test_sd_pipeline import SCHEDULERS, _same_step_noise, _theirs
 from tests.pipelines import tiny_sd
@@ -158,3 +162,18 @@ def test_directories_of_either_side(pipes, tmp_path):
 def _equal(one, other):
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_the_docs_name_every_argument_that_is_absent():
+    text = (pathlib.Path(__file__).parents[2] / "docs" / "port.md").read_text()
+    section = text.split("## Arguments of diffusers that are absent")[1].split("\n## ")[0]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    named = {
+        name: set(re.findall(r"`(\w+)`", " ".join(row for row in rows if xl or "(XL)" not in row)))
+        for name, xl in (("sd", False), ("xl", True))
+    }
+    ours = {"sd": StableDiffusionPipeline, "xl": StableDiffusionXLPipeline}
+    for name, theirs in CLASSES.items():
+        calls = (inspect.signature(one.__call__).parameters for one in (theirs, ours[name]))
+        wanted, there = (set(call) for call in calls)
+        assert wanted - there == named[name]

@@ -180,3 +180,35 @@ def test_a_controller_of_another_base_is_refused(plain, pixart):
         pixart.replace(control=Controller(*pixart.controllers[0][:2], compat="diffusers"))
     with pytest.raises(ConfigError, match="expected the path of a controller"):
         plain.replace(control=3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (lambda module, params: ("a", "b"), r"got \(str, str\)"),
+        (lambda module, params: (module, None), r"got \(Adapter, NoneType\)"),
+        (lambda module, params: (params, module), r"got \(dict, Adapter\)"),
+        (lambda module, params: (module, params, "official"), r"got \(Adapter, dict, str\)"),
+        (lambda module, params: (), r"got \(\)"),
+        (lambda module, params: Controller("a", "b"), r"got \(str, str, str\)"),
+    ],
+)
+def test_what_is_no_module_with_parameters_is_refused(plain, kind, words):
+    with pytest.raises(ConfigError, match=rf"{words} \[control\](?s:.*)as a list"):
+        plain.replace(control=kind(*tiny_sd.adapter()))
+
+
+def test_parameters_of_another_network_are_refused(pixart):
+    module, params, _ = pixart.controllers[0]
+    blocks = params["controlnet_blocks"]
+    narrow = jax.tree.map(lambda leaf: leaf[..., :-1], params["before_proj"])
+    for changed, words in (
+        (tiny_sd.adapter()[1], "before_proj/bias is missing, expected"),
+        ({"controlnet_blocks": blocks}, "2 parameters .* before_proj/bias is missing"),
+        (params | {"before_proj": narrow}, r"before_proj/bias is \(\d+,\), expected \(\d+,\)"),
+        (params | {"spare": np.zeros(3)}, r"spare is \(3,\), expected none of this name"),
+    ):
+        with pytest.raises(ConfigError, match=words) as caught:
+            pixart.replace(control=(module, changed))
+        assert caught.value.where == "control"
+    pixart.replace(control=(module, params))

@@ -16,7 +16,7 @@ import pytest
 import cnxs_jax
 from cnxs_jax.control import controlnet, controlnet_xs
 from cnxs_jax.convert import controlnet_xs as layouts
-from cnxs_jax.convert import files, rules
+from cnxs_jax.convert import families, files, rules
 from cnxs_jax.errors import CheckpointError, ConfigError
 from cnxs_jax.pipelines import base
 from cnxs_jax.pipelines.control import Controller
@@ -200,8 +200,9 @@ def test_bad_hints_stop_before_any_network_runs(pipe, monkeypatch, case):
 )
 def test_an_adapter_of_another_base_is_refused(pipe, fields, words):
     other = pipe.controllers[0].module.clone(**fields)
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape), families.shapes(other))
     with pytest.raises(ConfigError, match=words) as caught:
-        pipe.replace(control=(other, {}))
+        pipe.replace(control=(other, params))
     assert "each need their own" in str(caught.value)
 
 
