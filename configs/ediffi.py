@@ -138,6 +138,7 @@ def joined(num_heldout=512):
 
 def tiny():
     config = ConfigDict()
+    config.cpu_devices = 2  # it divides every batch; 1.36 times as fast as one on two cores
     config.stages = ("shared", *EXPERTS)
     config.shared = tiny_base(steps=1000, batch_size=32)
     for i, (name, share, batch) in enumerate(zip(EXPERTS, SHARES, BATCHES, strict=True)):
@@ -243,6 +244,7 @@ def parallel(config):
     config.experts = branch(tiny_base(steps=1000, batch_size=33), TINY_TREE, None)
     for name in EXPERTS:
         del config[name]
+    del config.cpu_devices  # an expert's third of the batch is odd
 
 
 def smoke(config):

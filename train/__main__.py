@@ -50,10 +50,27 @@ def start_cluster():
         ) from error
 
 
+def use_cores(config):
+    """On a CPU, a device a core, up to the recipe's `cpu_devices`; before JAX has its devices.
+
+    XLA runs the small operations of a small model on one core; a device each shares the batch.
+    The environment's own number of devices wins.
+    """
+    most = config.get("cpu_devices")
+    given = "JAX_NUM_CPU_DEVICES" in os.environ
+    if not most or given or "device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
+    import jax
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    jax.config.update("jax_num_cpu_devices", min(most, cores or 1))
+
+
 def main(argv):
     if len(argv) > 1:
         raise errors.ConfigError(f"unknown argument {argv[1]!r}", "command line", "see --help")
     logging.set_verbosity(logging.ERROR)  # Orbax writes dozens of lines about a healthy save
+    use_cores(CONFIG.value)
     start_cluster()
     from train import loop
 

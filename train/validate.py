@@ -246,7 +246,8 @@ def check(config):
         raise ConfigError(f"config.stages names {missing or 'nothing'}", "config.stages")
     known = {name: anything for name in stages}
     table = {"stages": anything, "report": Optional(anything), "resume": Optional(boolean)}
-    check_table(values, {**table, **known, "finish": Optional(finish)}, "config")
+    table |= {"finish": Optional(finish), "cpu_devices": Optional(integer(1))}
+    check_table(values, {**table, **known}, "config")
     for name in stages:
         check_stage(values[name], f"config.{name}")
     if values.get("finish"):

@@ -1,6 +1,9 @@
 """eDiff-I's recipes: the whole plan at its smallest, its report, controls, the published sizes."""
 
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -220,3 +223,25 @@ def test_a_network_that_does_not_fit_its_encoders_is_named(tmp_path):
     config.unet.text_dim = 64
     with pytest.raises(ConfigError, match="text_dim 64, but the encoder gives 128"):
         loop.build_task(config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "cores", "expected"),
+    [({}, 2, 2), ({}, 1, 1), ({"JAX_NUM_CPU_DEVICES": "3"}, 2, 3)],
+)
+def test_a_device_a_core_unless_the_environment_says_otherwise(settings, cores, expected):
+    """Every batch of the tiny plan goes by two."""
+    code = (
+        "import os; from ml_collections import ConfigDict; from train.__main__ import use_cores\n"
+        f"os.sched_getaffinity = lambda _: set(range({cores}))\n"
+        "use_cores(ConfigDict({'cpu_devices': 2})); import jax; print(jax.device_count())"
+    )
+    kept = {k: v for k, v in os.environ.items() if k not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=kept | settings, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == str(expected), done.stderr[-2000:]
+    for variant in configs.ediffi.VARIANTS:
+        config = configs.ediffi.get_config(variant)
+        devices = config.get("cpu_devices") or 1
+        assert all(config[name].batch_size % devices == 0 for name in config.stages)
