@@ -3,16 +3,20 @@
 Prompts name one thing and no style; the reference is a real scene of another thing. `style`: share
 of the pictures with the prompted thing whose style is the reference's. `objects`: share with the
 prompted thing. `leaked`: share that shows the reference's thing; `leaked by chance`: that shows the
-thing of another picture's reference.
+thing of another picture's reference. Two bounds stand beside it: the same where the prompt names
+the style, and how often a linear map of CLIP's embedding of a reference tells its style.
 """
 
 import numpy as np
 
 from cnxs_jax.data import emoji_scenes
 from cnxs_jax.data.scenes import with_article
+from cnxs_jax.pipelines import ediffi
 from eval import ask
+from eval.metrics import bootstrap
 
 SCALES = (None, 1.0, 2.0, 4.0, 8.0)  # of the style alone; None: one scale for text and style
+RIDGE = 1e-3
 
 
 def questions(number, seed):
@@ -56,17 +60,47 @@ def judge(images, asked):
     )
 
 
-def study(pipe, number, seed, scales=SCALES):
+def told_by_clip(pipe, seed, fitted=384, judged=128):
+    """Share of new references whose style a ridge regression on CLIP's embeddings tells."""
+    asked = questions(fitted + judged, seed + 1)
+    inputs = pipe.tokens([a["prompt"] for a in asked])
+    inputs["clip_pixels"] = pipe.references([a["reference"] for a in asked], len(asked))
+    z = np.asarray(ediffi.encode(pipe.encoders, pipe.encoder_params, inputs)["clip_image"])
+    z = z / np.linalg.norm(z, axis=-1, keepdims=True)
+    z = z - z[:fitted].mean(0)
+    styles = list(emoji_scenes.world().styles)
+    labels = np.array([styles.index(a["style"]) for a in asked])
+    known = z[:fitted]
+    gram = known.T @ known + RIDGE * np.eye(z.shape[-1])
+    weights = np.linalg.solve(gram, known.T @ np.eye(len(styles))[labels[:fitted]])
+    right = (z[fitted:] @ weights).argmax(-1) == labels[fitted:]
+    return bootstrap.proportion(right.sum(), judged)
+
+
+def rows_of(pipe, asked, scales=SCALES):
+    """{label: (prompts, options)} of what is drawn."""
+    prompts, references = [a["prompt"] for a in asked], [a["reference"] for a in asked]
+    named = [f"{a['prompt']}, {a['style']} style" for a in asked]
+    everywhere = [pipe.defaults()[1]] * len(pipe.stages)
+    found = {"no reference": (prompts, {}), "no reference, the prompt names the style": (named, {})}
+    for scale in scales:
+        options = {"style_image": references, "style_scale": scale}
+        found["as the text's" if scale is None else str(scale)] = (prompts, options)
+    for scale in (None, scales[-2]):
+        options = {"style_image": references, "style_scale": scale, "guidance_scale": everywhere}
+        label = "as the text's" if scale is None else str(scale)
+        found[f"{label}, guidance in every stage"] = (prompts, options)
+    return found
+
+
+def study(pipe, number, seed):
     """Rows: no reference, then the style's guidance scales; and the first pictures of each."""
     asked = questions(number, seed)
-    prompts, references = [a["prompt"] for a in asked], [a["reference"] for a in asked]
-    images = ask.draw(pipe, prompts, seed)
-    rows, shown = [{"style scale": "no reference"} | judge(images, asked)], {"none": images[:8]}
-    for scale in scales:
-        images = ask.draw(pipe, prompts, seed, style_image=references, style_scale=scale)
-        label = "as the text's" if scale is None else scale
-        rows.append({"style scale": label}
-                    | judge(images, asked))  # fmt: skip
-        shown[str(label)] = images[:8]
-    shown = {"references": np.stack(references[:8]), **shown}
-    return {"rows": rows}, {"prompts": prompts[:8], "images": shown}
+    rows, shown = [], {"references": np.stack([a["reference"] for a in asked[:8]])}
+    for label, (prompts, options) in rows_of(pipe, asked).items():
+        images = ask.draw(pipe, prompts, seed, **options)
+        rows.append({"style scale": label} | judge(images, asked))
+        shown[label] = images[:8]
+    bounds = [{"bound": "told by CLIP's embedding", "style": told_by_clip(pipe, seed)}]
+    named = [a["prompt"] for a in asked[:8]]
+    return {"rows": rows, "bounds": bounds}, {"prompts": named, "images": shown}

@@ -4,12 +4,14 @@ import dataclasses
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import cnxs_jax
 from cnxs_jax.data import emoji_scenes
 from cnxs_jax.errors import ConfigError
 from cnxs_jax.models.conditioning import MASKS, dropped
@@ -73,6 +75,29 @@ def test_style_is_judged_on_the_prompted_thing_alone():
     assert references["leaked"]["value"] == 1.0
     assert references["style"] is None  # nothing to judge
     assert references["leaked by chance"]["value"] <= 0.2
+
+
+def test_what_the_embedding_of_a_reference_knows_bounds_the_style(monkeypatch):
+    """The shipped CLIP tells four styles apart; one that reads nothing is right once in four."""
+    shipped = cnxs_jax.load_pipeline(DEFAULT_MODEL.parent / "ediffi_tiny")
+    found = style.told_by_clip(shipped, 0, fitted=192, judged=64)
+    assert found["value"] > 0.6
+    white = np.ones((64, 64, 3), np.float32)
+    blind = [a | {"reference": white} for a in style.questions(256, 1)]
+    monkeypatch.setattr(style, "questions", lambda number, seed: blind)
+    assert style.told_by_clip(shipped, 0, fitted=192, judged=64)["value"] < 0.4
+
+
+def test_style_rows_ask_for_the_same_things(monkeypatch):
+    stages = [SimpleNamespace()] * 3
+    asking = SimpleNamespace(stages=stages, defaults=lambda: (25, 3.0))
+    asked = style.questions(8, 0)
+    rows = style.rows_of(asking, asked)
+    for label, (prompts, options) in rows.items():
+        named = [a["thing"] in p and a["style"] in p for a, p in zip(asked, prompts, strict=True)]
+        assert all(named) == ("names the style" in label)
+        assert ("style_image" in options) != label.startswith("no reference")
+        assert options.get("guidance_scale") == ([3.0] * 3 if "every stage" in label else None)
 
 
 def test_masked_conditions_leave_the_prompt_without_effect(pipe):  # noqa: F811
