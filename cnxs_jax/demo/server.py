@@ -7,6 +7,8 @@ from cnxs_jax.demo.guard import HOST, QUEUE, Guard
 from cnxs_jax.demo.page import page
 from cnxs_jax.errors import ConfigError
 
+SESSIONS = QUEUE + 4  # gradio keeps a session's last inputs, pictures too; the page needs none
+
 
 def serve(studio, port):
     """Serves until it is interrupted. Raises ConfigError for a port that is taken."""
@@ -22,6 +24,7 @@ def serve(studio, port):
             show_error=False,
             prevent_thread_lock=True,
             max_threads=4,
+            state_session_capacity=SESSIONS,
             enable_monitoring=False,
             ssr_mode=False,
             mcp_server=False,

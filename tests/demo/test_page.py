@@ -261,7 +261,7 @@ def test_hostile_requests_are_answered_and_nothing_of_the_server_is_told(server)
     assert len(server.ask(fields())[2]) == 1
     forms, slowest, memory = hostile(), 0.0, []
     assert len(forms) >= 40
-    for _ in range(4):  # what the first round brings in (decoders, buffers) stays
+    for _ in range(8):  # what the first rounds bring in (decoders, buffers) stays
         for name, form in forms.items():
             start = time.monotonic()
             status, warnings, pictures, text = server.ask(form)
@@ -274,11 +274,11 @@ def test_hostile_requests_are_answered_and_nothing_of_the_server_is_told(server)
             assert not [word for word in SECRETS if word in text], name
             assert all(len(warning) < 2000 for warning in warnings), name
         memory.append(server.memory())
-    grown = memory[-1] - memory[0]
+    grown = memory[-1] - memory[3]
     assert len(server.ask(fields())[2]) == 1
-    record("demo: hostile requests", requests=3 * len(forms), grown_mib=round(grown, 1),
+    record("demo: hostile requests", requests=4 * len(forms), grown_mib=round(grown, 1),
            slowest_s=round(slowest, 2))  # fmt: skip
-    assert grown < 30  # a megabyte kept of every request would be 126
+    assert grown < 20  # 45 where gradio keeps the last inputs of every session
     assert slowest < 20
 
 

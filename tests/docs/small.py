@@ -17,7 +17,8 @@ NOT_RUN = {
 }
 SHELL = {".", "git", "ruff", "sed"}
 LAUNCHERS = {"bash", "sbatch", "kubectl"}  # of a file whose last command is what every host runs
-OURS = {"train", "train.plan", "train.cache", "eval", "eval.benchmark", "eval.claims",
+OURS = {"train", "train.plan", "train.cache", "eval", "eval.benchmark",
+        "eval.benchmark_start", "eval.claims",
         "eval.roofline", "eval.controlnet_xs", "eval.ediffi", "eval.metrics.scene_accuracy",
         "cnxs_jax.sample", "cnxs_jax.convert",
         "cnxs_jax.demo", "cnxs_jax.data.clip_tokenizer"}  # fmt: skip
@@ -27,6 +28,7 @@ SMALL = {  # smallest settings that still go through every part
     "eval": ["--num_prompts=4", "--num_real=8", "--steps=1", "--reference_steps=1"],
     "eval.metrics.scene_accuracy": ["--scenes=8", "--steps=1", "--directory=runs/checker"],
     "eval.benchmark": ["--size=tiny", "--repeats=1", "--steps=1"],
+    "eval.benchmark_start": ["--size=tiny"],
     "eval.claims": ["--size=tiny"],
     "eval.roofline": ["--size=tiny"],
     "eval.controlnet_xs": ["--seeds=0", "--steps=1", "--number=8", "--num_real=8"],
