@@ -16,19 +16,26 @@ ROOT = pathlib.Path(__file__).parents[1]
 LOG = ROOT / "docs" / "results" / "checks.json"
 
 
+def described():
+    """The commit of the code that is checked, "-dirty" where files differ from it."""
+    command = ["git", "describe", "--always", "--dirty"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+COMMIT = described()  # when the checks begin: they may take an hour, and the checkout moves on
+
+
 def record(name, environment=None, **figures):
     """Appends one entry, whole or not at all. Figures are numbers or short strings.
 
     Args:
         environment: variables of the process that was checked, if it is not this one.
     """
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    )
     entry = {
         "check": name,
         "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": COMMIT,
         "command": f"pytest -m slow {os.environ.get('PYTEST_CURRENT_TEST', '').split(' ')[0]}",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "xla": optimization(environment or os.environ),

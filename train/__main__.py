@@ -1,5 +1,6 @@
 """`python -m train --config=configs/X.py[:variant] --workdir=DIR [--resume]`."""
 
+import math
 import os
 
 from absl import flags, logging
@@ -51,10 +52,10 @@ def start_cluster():
 
 
 def use_cores(config):
-    """On a CPU, a device a core, up to the recipe's `cpu_devices`; before JAX has its devices.
+    """On a CPU, a device a core, up to the recipe's `cpu_devices` and as every batch divides.
 
-    XLA runs the small operations of a small model on one core; a device each shares the batch.
-    The environment's own number of devices wins.
+    Before JAX has its devices. XLA runs the small operations of a small model on one core; a device
+    each shares the batch. The environment's own number of devices wins.
     """
     most = config.get("cpu_devices")
     given = "JAX_NUM_CPU_DEVICES" in os.environ
@@ -63,7 +64,10 @@ def use_cores(config):
     import jax
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    jax.config.update("jax_num_cpu_devices", min(most, cores or 1))
+    runs = [config[name] for name in config.stages]
+    shared = math.gcd(*(run.batch_size // run.grad_accum for run in runs))
+    devices = max(n for n in range(1, min(most, cores or 1) + 1) if shared % n == 0)
+    jax.config.update("jax_num_cpu_devices", devices)
 
 
 def main(argv):

@@ -15,7 +15,7 @@ import numpy as np
 
 from cnxs_jax import tree
 from cnxs_jax.convert import unet
-from cnxs_jax.convert.rules import Rule, Table, side_tensors, to_float, to_tensors
+from cnxs_jax.convert.rules import Rule, Table, to_tensors
 from cnxs_jax.errors import CheckpointError, ConfigError
 
 DIFFUSERS = Table()
@@ -132,46 +132,6 @@ def official_tensors(module, params):
     n = len(module.up_stages)
     scales = np.ones(n + 1 if module.control_type == "A" else 2 * n + 1, np.float32)
     return to_tensors(params, official(module), {SCALES: scales})
-
-
-def connection_scales(tensors, module, where="weights"):
-    """float32 [2N+1] for `cond["connection_scale"]` from an official file, or None if all are 1.
-
-    The file's list holds only the connections that the type has; type A has none in the encoder.
-
-    Raises CheckpointError for a list of another length, or with NaN or infinity.
-    """
-    scales = side_tensors(tensors, official(module)).get(SCALES)
-    if scales is None or (scales == 1).all():
-        return None
-    n = len(module.up_stages)
-    encoder = 0 if module.control_type == "A" else n
-    if scales.shape != (encoder + 1 + n,) or not np.isfinite(scales).all():
-        what = f"{SCALES} {scales.tolist()}, expected {encoder + 1 + n} finite numbers"
-        raise CheckpointError(what, where, "check that the config belongs to these weights")
-    return np.concatenate([np.ones(n - encoder, np.float32), scales])
-
-
-def folded(tensors, module, where="weights"):
-    """An official file's tensors with `scale_list` in the connections' weights, then all 1.
-
-    The same network: each factor multiplies what one zero convolution gives to the base.
-
-    Raises CheckpointError as `connection_scales`.
-    """
-    scales = connection_scales(tensors, module, where)
-    if scales is None:
-        return tensors
-    stages = range(len(module.up_stages))
-    names = [OFFICIAL_CONVS["down_out"].format(n) for n in stages]
-    names += [OFFICIAL_CONVS["mid_out"], *(OFFICIAL_CONVS["up_out"].format(n) for n in stages)]
-    scaled = {
-        key: scale * to_float(tensors[key])
-        for name, scale in zip(names, scales, strict=True)
-        for key in (f"{name}.weight", f"{name}.bias")
-        if key in tensors and scale != 1
-    }
-    return {**tensors, **scaled, SCALES: np.ones_like(tensors[SCALES])}
 
 
 def is_official(tensors):

@@ -24,7 +24,10 @@ def rgb(picture, where="images"):
             rgba = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
         return picture.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
+    except ValueError:  # Pillow has no way from this mode
+        what = f"a picture of mode {picture.mode!r}"
+        raise ConfigError(what, where, "save it as RGB") from None
+    except (OSError, SyntaxError) as error:
         raise ConfigError(f"damaged picture: {error}", where, "remove it") from None
 
 

@@ -109,7 +109,14 @@ def pair(cond, null):
         if any(jnp.ndim(leaf) == 0 for leaf in jax.tree.leaves((cond[key], other[key]))):
             what = "one number for all images has no batch to double"
             raise ConfigError(what, f'cond["{key}"]', "give an array [B]")
-    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), dict(cond), other)
+    batch = max((leaf.shape[0] for leaf in jax.tree.leaves((cond, other))), default=1)
+
+    def rows(leaf):  # one serves all
+        one = leaf.shape[0] == 1
+        return jnp.broadcast_to(leaf, (batch, *leaf.shape[1:])) if one else jnp.asarray(leaf)
+
+    both = lambda a, b: jnp.concatenate([rows(a), rows(b)])  # noqa: E731
+    return jax.tree.map(both, dict(cond), other)
 
 
 def scale_of_omega(omega):

@@ -10,6 +10,7 @@ import numpy as np
 from cnxs_jax import sharding, tree
 from cnxs_jax.convert import (
     controlnet_xs,
+    controlnet_xs_scales,
     families,
     files,
     pixart,
@@ -124,7 +125,7 @@ def open_model(path, component=None, config=None, dtype=None):
     if callable(table):
         table = table(module)
         if controlnet_xs.is_official(tensors):
-            tensors = controlnet_xs.folded(tensors, module, str(weights))
+            tensors = controlnet_xs_scales.folded(tensors, module, str(weights))
         if part is None:
             report_unused(tensors, table, weights)
     return module, target, tensors, table, str(weights)

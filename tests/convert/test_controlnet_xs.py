@@ -13,6 +13,7 @@ from cnxs_jax.control.controlnet_xs import ControlNetXS
 from cnxs_jax.convert import __main__ as command
 from cnxs_jax.convert import controlnet_xs as layouts
 from cnxs_jax.convert import controlnet_xs_fused as fused
+from cnxs_jax.convert import controlnet_xs_scales as scales_of
 from cnxs_jax.convert import families, files, rules
 from cnxs_jax.errors import CheckpointError, ConfigError
 from cnxs_jax.pipelines import load, save_xs
@@ -208,14 +209,14 @@ def test_connection_scales_of_a_file():
     """A list of ones says nothing; type A's has no encoder."""
     module = tiny("A")
     tensors = layouts.official_tensors(module, numbered(module))
-    assert layouts.connection_scales(tensors, module) is None
+    assert scales_of.connection_scales(tensors, module) is None
     tensors["scale_list"] = np.array([0.5, 1, 1, 1, 0.25], np.float32)
-    scales = layouts.connection_scales(tensors, module)
+    scales = scales_of.connection_scales(tensors, module)
     np.testing.assert_array_equal(scales, [1, 1, 1, 1, 0.5, 1, 1, 1, 0.25])
     for bad in ([0.5] * 9, 0.5, [0.5, 1, 1, 1, np.nan]):
         tensors["scale_list"] = np.array(bad, np.float32)
         with pytest.raises(CheckpointError, match="expected 5 finite numbers"):
-            layouts.connection_scales(tensors, module)
+            scales_of.connection_scales(tensors, module)
 
 
 @pytest.mark.parametrize("kind", ["A", "B", pytest.param("C", marks=pytest.mark.slow)])

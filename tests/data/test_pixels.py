@@ -89,3 +89,8 @@ def test_a_damaged_file_is_refused():
     Image.fromarray(noise).save(file, "PNG")
     with pytest.raises(ConfigError, match="damaged picture"):
         control._pictures(Image.open(io.BytesIO(file.getvalue()[:4000])))
+
+
+def test_a_mode_that_cannot_be_converted_is_not_called_damaged():
+    with pytest.raises(ConfigError, match="(?s)a picture of mode 'La'.*save it as RGB"):
+        pixels.rgb(Image.new("La", (4, 4)))

@@ -18,6 +18,7 @@ import math
 import os
 import pathlib
 import shutil
+import statistics
 import time
 
 import numpy as np
@@ -261,7 +262,7 @@ def test_hostile_requests_are_answered_and_nothing_of_the_server_is_told(server)
     assert len(server.ask(fields())[2]) == 1
     forms, slowest, memory = hostile(), 0.0, []
     assert len(forms) >= 40
-    for _ in range(8):  # what the first rounds bring in (decoders, buffers) stays
+    for _ in range(24):
         for name, form in forms.items():
             start = time.monotonic()
             status, warnings, pictures, text = server.ask(form)
@@ -274,11 +275,12 @@ def test_hostile_requests_are_answered_and_nothing_of_the_server_is_told(server)
             assert not [word for word in SECRETS if word in text], name
             assert all(len(warning) < 2000 for warning in warnings), name
         memory.append(server.memory())
-    grown = memory[-1] - memory[3]
+    # What the first rounds bring in (decoders, buffers) stays; one round has 20 MiB of noise.
+    grown = statistics.median(memory[-3:]) - statistics.median(memory[3:6])
     assert len(server.ask(fields())[2]) == 1
-    record("demo: hostile requests", requests=4 * len(forms), grown_mib=round(grown, 1),
+    record("demo: hostile requests", requests=19 * len(forms), grown_mib=round(grown, 1),
            slowest_s=round(slowest, 2))  # fmt: skip
-    assert grown < 20  # 45 where gradio keeps the last inputs of every session
+    assert grown < 60  # 200 where gradio keeps the last inputs of every session
     assert slowest < 20
 
 

@@ -142,3 +142,12 @@ def test_dynamic_threshold_limits_each_image_by_itself():
     assert np.mean(loudest > 1.0 - 1e-6) == pytest.approx(0.1, abs=0.021)
     static = guidance.dynamic_threshold(max_value=1.0)(loud)
     np.testing.assert_array_equal(static, jnp.clip(loud, -1.0, 1.0))
+
+
+def test_one_row_of_a_condition_serves_the_batch():
+    """In both halves, with and without a null of its own."""
+    cond = {"text": jnp.arange(6.0).reshape(3, 2), "scale": jnp.array([0.5])}
+    both = guidance.pair(cond, {"text": jnp.full((1, 2), 9.0)})
+    np.testing.assert_array_equal(both["text"][:3], cond["text"])
+    np.testing.assert_array_equal(both["text"][3:], np.full((3, 2), 9.0))
+    np.testing.assert_array_equal(both["scale"], np.full(6, 0.5))

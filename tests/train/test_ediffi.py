@@ -226,15 +226,17 @@ def test_a_network_that_does_not_fit_its_encoders_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "cores", "expected"),
-    [({}, 2, 2), ({}, 1, 1), ({"JAX_NUM_CPU_DEVICES": "3"}, 2, 3)],
+    ("settings", "cores", "batch", "expected"),
+    [({}, 2, 4, 2), ({}, 1, 4, 1), ({}, 2, 3, 1), ({"JAX_NUM_CPU_DEVICES": "3"}, 2, 4, 3)],
 )
-def test_a_device_a_core_unless_the_environment_says_otherwise(settings, cores, expected):
-    """Every batch of the tiny plan goes by two."""
+def test_a_device_a_core_where_the_batches_divide(settings, cores, batch, expected):
+    """Unless the environment says otherwise; those of the recipes go by two."""
     code = (
         "import os; from ml_collections import ConfigDict; from train.__main__ import use_cores\n"
         f"os.sched_getaffinity = lambda _: set(range({cores}))\n"
-        "use_cores(ConfigDict({'cpu_devices': 2})); import jax; print(jax.device_count())"
+        f"runs = {{'a': {{'batch_size': {batch}, 'grad_accum': 1}}, 'stages': ('a', 'b'),\n"
+        "  'b': {'batch_size': 16, 'grad_accum': 2}, 'cpu_devices': 2}\n"
+        "use_cores(ConfigDict(runs)); import jax; print(jax.device_count())"
     )
     kept = {k: v for k, v in os.environ.items() if k not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")}
     done = subprocess.run(
