@@ -64,8 +64,9 @@ def use_cores(config):
     import jax
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    runs = [config[name] for name in config.stages]
-    shared = math.gcd(*(run.batch_size // run.grad_accum for run in runs))
+    runs = [config[name] for name in config.get("stages") or () if name in config]
+    # What is wrong in a config is said where it is checked, later: nothing may fail here.
+    shared = math.gcd(*(run.batch_size // max(run.grad_accum, 1) for run in runs))
     devices = max(n for n in range(1, min(most, cores or 1) + 1) if shared % n == 0)
     jax.config.update("jax_num_cpu_devices", devices)
 

@@ -35,12 +35,9 @@ def folded(tensors, module, where="weights"):
     scales = connection_scales(tensors, module, where)
     if scales is None:
         return tensors
-    stages = range(len(module.up_stages))
-    names = [layouts.OFFICIAL_CONVS["down_out"].format(n) for n in stages]
-    names += [
-        layouts.OFFICIAL_CONVS["mid_out"],
-        *(layouts.OFFICIAL_CONVS["up_out"].format(n) for n in stages),
-    ]
+    convs, stages = layouts.OFFICIAL_CONVS, range(len(module.up_stages))
+    names = [convs["down_out"].format(n) for n in stages]
+    names += [convs["mid_out"], *(convs["up_out"].format(n) for n in stages)]
     scaled = {
         key: scale * to_float(tensors[key])
         for name, scale in zip(names, scales, strict=True)

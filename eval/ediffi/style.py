@@ -16,6 +16,7 @@ from eval import ask
 from eval.metrics import bootstrap
 
 SCALES = (None, 1.0, 2.0, 4.0, 8.0)  # of the style alone; None: one scale for text and style
+GUIDED = (None, 4.0)  # those that are drawn with guidance in every stage, too
 RIDGE = 1e-3
 
 
@@ -83,13 +84,12 @@ def rows_of(pipe, asked, scales=SCALES):
     named = [f"{a['prompt']}, {a['style']} style" for a in asked]
     everywhere = [pipe.defaults()[1]] * len(pipe.stages)
     found = {"no reference": (prompts, {}), "no reference, the prompt names the style": (named, {})}
-    for scale in scales:
-        options = {"style_image": references, "style_scale": scale}
-        found["as the text's" if scale is None else str(scale)] = (prompts, options)
-    for scale in (None, scales[-2]):
-        options = {"style_image": references, "style_scale": scale, "guidance_scale": everywhere}
-        label = "as the text's" if scale is None else str(scale)
-        found[f"{label}, guidance in every stage"] = (prompts, options)
+    guided = {"guidance_scale": everywhere}
+    for some, words, more in ((scales, "", {}), (GUIDED, ", guidance in every stage", guided)):
+        for scale in some:
+            label = "as the text's" if scale is None else str(scale)
+            options = {"style_image": references, "style_scale": scale, **more}
+            found[label + words] = (prompts, options)
     return found
 
 

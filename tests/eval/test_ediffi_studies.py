@@ -88,7 +88,7 @@ def test_what_the_embedding_of_a_reference_knows_bounds_the_style(monkeypatch):
     assert style.told_by_clip(shipped, 0, fitted=192, judged=64)["value"] < 0.4
 
 
-def test_style_rows_ask_for_the_same_things(monkeypatch):
+def test_style_rows_ask_for_the_same_things():
     stages = [SimpleNamespace()] * 3
     asking = SimpleNamespace(stages=stages, defaults=lambda: (25, 3.0))
     asked = style.questions(8, 0)

@@ -11,9 +11,11 @@ import os
 import pathlib
 import re
 import resource
+import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
@@ -23,6 +25,7 @@ from PIL import Image
 from cnxs_jax.control import hints
 from eval.metrics.edges import edge_f1
 from tests.checks import record
+from train.log import StopSignal
 
 ROOT = pathlib.Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -151,6 +154,24 @@ def test_the_first_cell_installs_and_may_run_again(tmp_path):
         seconds.append(time.monotonic() - start)
     note("the first cell", seconds[0], again=round(seconds[1]))
     assert seconds[0] < 60
+
+
+@pytest.mark.parametrize(("kernel", "ends"), [(True, KeyboardInterrupt), (False, SystemExit)])
+def test_a_second_stop_ends_the_cell_and_not_the_session(kernel, ends, monkeypatch):
+    """Outside of a notebook's kernel it ends the process at once."""
+
+    def leave(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+    if kernel:
+        monkeypatch.setitem(sys.modules, "ipykernel", types.ModuleType("ipykernel"))
+    with StopSignal() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.requested(1)
+        with pytest.raises(ends):
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_a_checkpoint_comes_in_and_goes_back(tmp_path):
