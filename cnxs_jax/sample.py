@@ -51,6 +51,7 @@ def parse(argv=None):
     add("--hint", choices=HINTS, help="show it the edges or the depth of --image instead")
     add("--hint_path", help="weights of hed, if not the installed ones, or midas")
     add("--lora", action="append", metavar="PATH[:FACTOR]", help="adapter to merge; again for more")
+    add("--experts", help="JSON file of denoisers for the lower noise, such as SDXL's refiner")
     add("--scheduler", help="ddim, ddpm, euler, dpmpp, deis or lcm (default: the model's)")
     add("--dtype", help="float32 or bfloat16 (default: float32)")
     add("--offload", help='"model" or "sequential": networks are on the device only as they run')
@@ -137,6 +138,7 @@ def draw(args):
         args.model,
         control=args.control,
         lora=args.lora or None,
+        experts=args.experts,
         scheduler=args.scheduler,
         dtype=args.dtype,
         offload=args.offload,

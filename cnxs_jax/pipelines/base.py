@@ -22,6 +22,7 @@ from cnxs_jax.models import tiling
 from cnxs_jax.models.unet import latent_sides
 from cnxs_jax.pipelines import adapters, diffusers_layout, offload
 from cnxs_jax.pipelines import control as controls
+from cnxs_jax.pipelines import experts as ensembles
 from cnxs_jax.pipelines import images as pictures
 from cnxs_jax.pipelines import request as requests
 from cnxs_jax.pipelines.interface import CONTROL, Component, Result, TextToImage, request_of
@@ -45,9 +46,18 @@ def draw(seeds_B, indices_B, shape):
 
 @functools.partial(jax.jit, static_argnames=("module",))
 def denoise(module, params, noise, cond, table, keys):
-    """Latents [B,h,w,C] from standard normal noise: one program a static signature."""
-    step = guidance.cfg(sampling.denoiser(module))
-    return sampling.sample(step, params, noise, cond, table, key=keys)
+    """Latents [B,h,w,C] from standard normal noise: one program a static signature.
+
+    `module`, `params` and `cond`: one each, or tuples indexed by the table's expert column.
+    """
+    return sampling.sample(guided(module), params, noise, cond, table, key=keys)
+
+
+def guided(module):
+    """The guided denoiser of a module, or of each in a tuple."""
+    if isinstance(module, tuple):
+        return tuple(map(guided, module))
+    return guidance.cfg(sampling.denoiser(module))
 
 
 @functools.partial(jax.jit, static_argnames=("module", "size", "tile"))
@@ -88,6 +98,7 @@ class Pipeline(TextToImage):
         vae_tile: latents a side that the autoencoder decodes at once, or None for all.
         compat: whose computation a further ControlNet-XS follows that does not say it itself.
         plain: where adapters are merged into the denoiser, its parameters without them.
+        experts: those that take over below some noise, lowest first (`pipelines.experts`).
     """
 
     components: dict[str, Component]
@@ -101,6 +112,7 @@ class Pipeline(TextToImage):
     vae_tile: int | None = None
     compat: str = "official"
     plain: Any = None
+    experts: tuple = ()
 
     classes: ClassVar[dict]  # {directory: (library, class)} of model_index.json
     networks: ClassVar[tuple]  # the directories that hold networks
@@ -136,11 +148,12 @@ class Pipeline(TextToImage):
         table = self.table(request.steps)
         if control is not None:
             table = table.with_control(control.start, control.end)
-        cond = self._condition(request, control, drawn, shape[:2])
+        table = ensembles.route(table, self.experts) if self.experts else table
+        networks, conds = ensembles.members(self, request, control, drawn, shape[:2])
         noise, keys = draw(request.seeds, request.indices, shape)
         noise = noise if request.latents is None else jnp.asarray(request.latents)
-        network = controls.attach(self.components[self.denoiser], self.controllers)
-        out = self.run(network, denoise, *self._rows((noise, cond)), table, self._rows(keys))
+        noise, conds, keys = self._rows((noise, conds, keys))
+        out = self.sample(networks, noise, conds, table, keys)
         if request.output_type != "latent":
             vae = self.components["vae"]
             out = self.run(vae, decode, out, size=size, tile=self.vae_tile)
@@ -150,10 +163,22 @@ class Pipeline(TextToImage):
         parameters = requests.parameters(request, size, scheduler, self.class_name)
         if control is not None:
             parameters = [row | control.parameters for row in parameters]
+        if self.experts:
+            who = [{"below": e.below, "guidance": e.guidance} for e in self.experts]
+            parameters = [row | {"experts": who} for row in parameters]
         if request.output_type == "latent":
             return Result(out, parameters)
         out = np.clip(out, 0.0, 1.0)
         return Result(out if request.output_type == "np" else pictures.to_pil(out), parameters)
+
+    def sample(self, networks, noise, conds, table, keys):
+        """Latents [B,h,w,C]; `networks` and `conds` are one a denoiser, lowest noise first."""
+        if len(networks) == 1:
+            return self.run(networks[0], denoise, noise, conds[0], table, keys)
+        modules, params = zip(*networks, strict=True)
+        if self.offload is None:
+            return denoise(modules, params, noise, conds, table, keys)
+        return sampling.sample_from_host(guided(modules), params, noise, conds, table, key=keys)
 
     def run(self, network, program, *args, **static):
         """`program(module, params, *args, **static)` of a network (module, params)."""
@@ -169,9 +194,8 @@ class Pipeline(TextToImage):
             scheduler: as in `load_pipeline`.
             control, lora: as in `load_pipeline`; an empty list takes them off. A ControlNet-XS
                 follows the computation of the one before it, unless a `Controller` names another.
-            experts: a part that this family cannot take raises ConfigError.
+            experts: as in `load_pipeline`; an empty list takes them off.
         """
-        requests.refuse_parts(self.class_name, experts=experts)
         config = self.scheduler if scheduler is None else override(self.scheduler, scheduler)
         solvers.from_config(config, 1)  # an unusable scheduler is found now, not at the first call
         controllers, compat = self.controllers, self.compat
@@ -180,12 +204,17 @@ class Pipeline(TextToImage):
             parts = {"mesh": self.mesh, "offload": self.offload}
             controllers = controls.open_controllers(control, dtype, compat, **parts)
             compat = controls.compat_of(controllers, compat)
+        others = self.experts if experts is None else self._open_experts(experts)
         changed = dataclasses.replace(
-            self, scheduler=config, controllers=controllers, compat=compat
+            self, scheduler=config, controllers=controllers, compat=compat, experts=others
         )
         changed = changed if lora is None else changed.adapted(lora)
         changed.check()
         return changed
+
+    def _open_experts(self, given):
+        dtype = self.components[self.denoiser].module.dtype
+        return ensembles.open_experts(given, dtype, self.mesh, self.offload)
 
     def adapted(self, given):
         """The same with these LoRA adapters, and no others, merged into the denoiser."""
@@ -197,22 +226,27 @@ class Pipeline(TextToImage):
         return dataclasses.replace(self, components=components, plain=plain if trees else None)
 
     @classmethod
-    def read(cls, directory, dtype, compat=None, lora=None, **parts):
+    def read(cls, directory, dtype, compat=None, lora=None, experts=None, **parts):
         """The pipeline in a diffusers directory."""
         if lora is not None:
             adapters.check(lora)
         pipe = cls(*diffusers_layout.read(cls, directory, dtype, compat, **parts))
         pipe = pipe if lora is None else pipe.adapted(lora)
+        pipe = dataclasses.replace(pipe, experts=pipe._open_experts(experts))
         pipe.check()
         return pipe
 
     def write(self, directory, dtype=None):
-        """Writes diffusers' layout."""
+        """Writes diffusers' layout; ConfigError where it has none."""
+        if self.experts:
+            fix = "save it with `pipe.replace(experts=[])`, and each expert on its own"
+            raise ConfigError("diffusers has no layout of experts", "save_pipeline", fix)
         diffusers_layout.write(self, directory, dtype)
 
     def check(self):
         """Raises ConfigError where components or controllers do not belong together."""
         controls.attach(self.components[self.denoiser], self.controllers)
+        ensembles.check(self, self.experts)
 
     def defaults(self):
         """(steps, guidance scale) of a call that names none."""
@@ -269,7 +303,7 @@ class Pipeline(TextToImage):
         """A text as it is tokenised."""
         return text
 
-    def _condition(self, request, control, size, latent_size):
+    def condition(self, request, control, size, latent_size):
         """The family's condition with painted words and control added."""
         words, null = self._words(request, latent_size)
         if control is not None:  # before any text is encoded: a picture may be refused
@@ -290,22 +324,26 @@ class Pipeline(TextToImage):
         return tuple(repeated(part, request.repeats) for part in found)
 
     def _rows(self, tree):
-        """Rows repeated up to a multiple of the mesh's batch parts, and split over them.
+        return over(self.mesh, tree)
 
-        Padding is safe because a picture does not depend on its batch; the caller drops it.
-        """
-        if self.mesh is None:
-            return tree
-        from cnxs_jax import sharding
 
-        parts = sharding.batch_parts(self.mesh)
+def over(mesh, tree):
+    """Rows repeated up to a multiple of the mesh's batch parts, and split over them.
 
-        def place(x):
-            missing = -x.shape[0] % parts
-            x = jnp.concatenate([x, jnp.repeat(x[-1:], missing, axis=0)]) if missing else x
-            return jax.device_put(x, sharding.batch_sharding(self.mesh))
+    Padding is safe because a picture does not depend on its batch; the caller drops it.
+    """
+    if mesh is None:
+        return tree
+    from cnxs_jax import sharding
 
-        return jax.tree.map(place, tree)
+    parts = sharding.batch_parts(mesh)
+
+    def place(x):
+        missing = -x.shape[0] % parts
+        x = jnp.concatenate([x, jnp.repeat(x[-1:], missing, axis=0)]) if missing else x
+        return jax.device_put(x, sharding.batch_sharding(mesh))
+
+    return jax.tree.map(place, tree)
 
 
 def repeated(cond, count):

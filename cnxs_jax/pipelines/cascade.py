@@ -13,7 +13,7 @@ from cnxs_jax.diffusion.expert_tree import Interval, LogNormal
 from cnxs_jax.errors import CheckpointError, ConfigError, did_you_mean
 from cnxs_jax.models.conditioning import Encoders
 from cnxs_jax.pipelines.base import Component
-from cnxs_jax.pipelines.load import load_model, save_model
+from cnxs_jax.pipelines.load import place, read_model, save_model
 from cnxs_jax.pipelines.scheduler import read_json
 from cnxs_jax.storage import write_json
 
@@ -70,6 +70,7 @@ class Stage:
         size: side of the square picture, pixels.
         experts: `Component`s, lowest noise first.
         intervals: their quantiles of `levels`, the training noise distribution.
+        hosted: whether they lie in host memory, and come to the device one at a time.
     """
 
     name: str
@@ -79,14 +80,18 @@ class Stage:
     levels: LogNormal = LogNormal()
     sampler: Sampler = Sampler()
     sigma_data: float = edm.SIGMA_DATA
+    hosted: bool = False
 
     def draw(self, noise, cond, steps=None):
         """Pictures [B,H,W,3] around [-1, 1] from standard normal `noise` of that shape."""
         table = expert_tree.route(self.sampler.table(steps), self.intervals, self.levels)
         modules, params = zip(*self.experts, strict=True)
-        return draw_stage(
-            modules, params, noise, cond, table, self.sigma_data, self.sampler.threshold
-        )
+        if not self.hosted:
+            return draw_stage(
+                modules, params, noise, cond, table, self.sigma_data, self.sampler.threshold
+            )
+        networks, post = denoisers(modules, self.sigma_data), bounded(self.sampler.threshold)
+        return sampling.sample_from_host(networks, params, noise, cond, table, post=post)
 
     def settings(self):
         """What `stage.json` holds."""
@@ -102,14 +107,24 @@ class Stage:
 @functools.partial(jax.jit, static_argnames=("modules", "sigma_data", "threshold"))
 def draw_stage(modules, params, noise, cond, table, sigma_data, threshold):
     """One compiled program a stage: a scan a segment of rows with the same expert."""
-    networks = tuple(
+    networks = denoisers(modules, sigma_data)
+    if len(networks) == 1:
+        networks, params = networks[0], params[0]
+    return sampling.sample(networks, params, noise, cond, table, post=bounded(threshold))
+
+
+def denoisers(modules, sigma_data):
+    """The guided denoiser of each module."""
+    return tuple(
         guidance.styled(edm.precondition(sampling.denoiser(module), sigma_data))
         for module in modules
     )
-    if len(networks) == 1:
-        networks, params = networks[0], params[0]
-    post = clipped if threshold is None else guidance.dynamic_threshold(threshold)
-    return sampling.sample(networks, params, noise, cond, table, post=post)
+
+
+@functools.cache
+def bounded(threshold):
+    """What keeps x0 in its range: the same function for the same quantile, None clips."""
+    return clipped if threshold is None else guidance.dynamic_threshold(threshold)
 
 
 def clipped(x0):
@@ -134,8 +149,8 @@ def write_encoders(encoders, params, tokenizers, directory, dtype=None):
             tokenizers[name].save_pretrained(directory / tokens)
 
 
-def read_stage(directory, name, dtype=None):
-    """The `Stage` of a directory."""
+def read_stage(directory, name, dtype=None, put=place):
+    """The `Stage` of a directory; `put(host arrays)` places an expert, None leaves it there."""
     given = read_json(directory / "stage.json")
     try:
         intervals = tuple(Interval(e["low"], e["high"], e["name"]) for e in given["experts"])
@@ -145,17 +160,21 @@ def read_stage(directory, name, dtype=None):
         raise CheckpointError(f"no settings of a stage: {error}", str(directory)) from None
     sampler.table()
     expert_tree.check_cover(intervals)
-    experts = tuple(
-        Component(*load_model(directory / f"expert_{i}", dtype=dtype))
-        for i in range(len(intervals))
-    )
-    return Stage(name, size, experts, intervals, levels, sampler, sigma_data)
+    experts = tuple(opened(directory / f"expert_{i}", dtype, put) for i in range(len(intervals)))
+    return Stage(name, size, experts, intervals, levels, sampler, sigma_data, put is None)
 
 
-def read_encoders(directory, dtype=None, beside=None):
+def opened(directory, dtype, put):
+    """The `Component` of a network's directory."""
+    module, params = read_model(directory, dtype=dtype)
+    return Component(module, params if put is None else put(params))
+
+
+def read_encoders(directory, dtype=None, beside=None, put=place):
     """`(encoders, params, tokenizers)` of the encoders that a directory has.
 
     Args:
+        put: as in `read_stage`.
         beside: {encoder: name of the neighbouring directory that has it}, of the index.
 
     Raises CheckpointError for one that is no neighbour, or has no such encoder.
@@ -165,14 +184,14 @@ def read_encoders(directory, dtype=None, beside=None):
         raise CheckpointError(what, str(directory))
     modules, params, tokenizers = {}, {}, {}
     for name, (folder, tokens) in FILES.items():
-        place = neighbour(directory, name, beside[name]) if name in (beside or {}) else directory
-        if not (place / folder).is_dir():
-            if place is not directory:
-                raise CheckpointError(f"no {folder}, which {directory} names", str(place))
+        there = neighbour(directory, name, beside[name]) if name in (beside or {}) else directory
+        if not (there / folder).is_dir():
+            if there is not directory:
+                raise CheckpointError(f"no {folder}, which {directory} names", str(there))
             continue
-        modules[name], params[name] = load_model(place / folder, dtype=dtype)
+        modules[name], params[name] = opened(there / folder, dtype, put)
         if tokens:
-            tokenizers[name] = texts_to_tokens.load_tokenizer(place / tokens)
+            tokenizers[name] = texts_to_tokens.load_tokenizer(there / tokens)
     return Encoders(**modules), params, tokenizers
 
 

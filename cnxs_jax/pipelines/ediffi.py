@@ -11,12 +11,13 @@ No layout of it was ever published. `save_pipeline` writes, and `load_pipeline` 
 With `"encoders_beside": {"text": NAME, ...}` the index names neighbouring directories for them.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
 import numbers
 import re
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +31,9 @@ from cnxs_jax.models.conditioning import Encoders, clip_pixels, dropped
 from cnxs_jax.pipelines import cascade
 from cnxs_jax.pipelines import images as pictures
 from cnxs_jax.pipelines import request as requests
-from cnxs_jax.pipelines.base import draw
+from cnxs_jax.pipelines.base import draw, over
 from cnxs_jax.pipelines.interface import Result, TextToImage, request_of
+from cnxs_jax.pipelines.load import place
 from cnxs_jax.pipelines.scheduler import read_json
 from cnxs_jax.storage import write_json
 
@@ -65,6 +67,7 @@ class EDiffIPipeline(TextToImage):
         encoders, encoder_params: `Encoders` and a tree for each of them.
         tokenizers: {"text": ..., "clip_text": ...}, of the encoders that are there.
         max_tokens: {encoder: tokens that a text is padded or cut to}.
+        mesh: devices that share parameters and batch, or None for one device.
     """
 
     stages: tuple
@@ -72,6 +75,7 @@ class EDiffIPipeline(TextToImage):
     encoder_params: dict
     tokenizers: dict
     max_tokens: dict
+    mesh: Any = None
 
     class_name: ClassVar[str] = "EDiffIPipeline"
 
@@ -90,10 +94,17 @@ class EDiffIPipeline(TextToImage):
         rows = [request_of(given, steps, scale) for steps, scale in amounts]
         self.check_size(rows[0])
         check_style(style_scale, style_image is not None and rows[0].guided)
+        with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
+            x = self.drawn(rows, style_image, style_scale)
+        return self.result(np.asarray(x, np.float32)[: rows[0].batch], rows, style_scale)
+
+    def drawn(self, rows, style_image, style_scale):
+        """The last stage's pictures, float32 [B,H,W,3]; on a mesh of a batch that it divides."""
         cond, null = self.condition(rows[0], style_image)
         base = self.painted(rows[0])
         noise, keys = draw(rows[0].seeds, rows[0].indices, (self.stages[0].size,) * 2 + (3,))
         x = noise if rows[0].latents is None else jnp.asarray(rows[0].latents)
+        cond, null, base, x, keys = over(self.mesh, (cond, null, base, x, keys))
         for number, (stage, row) in enumerate(zip(self.stages, rows, strict=True)):
             own, own_null = base if number == 0 else ({}, {})
             whole = guided({**cond, **own}, {**null, **own_null}, row, style_scale)
@@ -101,7 +112,7 @@ class EDiffIPipeline(TextToImage):
                 start, noise = noises(keys, number, (stage.size, x.shape[1]))
                 whole, x = augmented(whole, x, noise, stage), start
             x = stage.draw(x, whole, row.steps)
-        return self.result(x, rows, style_scale)
+        return x
 
     def per_stage(self, value, field, name):
         """One number a stage from an argument and the stages' own."""
@@ -181,9 +192,9 @@ class EDiffIPipeline(TextToImage):
         repeat = functools.partial(np.repeat, repeats=request.repeats, axis=0)
         return jax.tree.map(lambda a: jnp.asarray(repeat(a)), made)
 
-    def result(self, x, rows, style_scale):
+    def result(self, out, rows, style_scale):
         """The Result of the last stage's pictures."""
-        out, request = np.asarray(x, np.float32), rows[0]
+        request = rows[0]
         requests.check_finite(out, request)
         parameters = [
             {
@@ -219,20 +230,24 @@ class EDiffIPipeline(TextToImage):
         )
 
     @classmethod
-    def read(cls, directory, dtype=None, compat=None, **parts):
-        """The pipeline in `directory`; it takes none of the parts."""
+    def read(cls, directory, dtype=None, compat=None, mesh=None, offload=None, **parts):
+        """The pipeline in `directory`, on a mesh or, offloaded, its experts one at a time."""
         requests.refuse_parts(cls.class_name, **parts)
+        if offload == "sequential":
+            what = "a cascade's T5 is not streamed block by block"
+            raise ConfigError(what, "offload", 'use offload="model"')
+        put = None if offload else functools.partial(place, mesh=mesh)
         index = read_json(directory / "model_index.json")
         names, limits = index.get("stages"), index.get("max_tokens")
         plain = isinstance(names, list) and all(re.fullmatch(r"[\w-]+", str(n)) for n in names)
         if not plain or not names or not isinstance(limits, dict):
             raise CheckpointError("no stages or max_tokens", str(directory / "model_index.json"))
-        stages = tuple(cascade.read_stage(directory / name, name, dtype) for name in names)
-        encoders = cascade.read_encoders(directory, dtype, index.get("encoders_beside"))
+        stages = tuple(cascade.read_stage(directory / name, name, dtype, put) for name in names)
+        encoders = cascade.read_encoders(directory, dtype, index.get("encoders_beside"), put)
         for stage in stages:
             for expert in stage.experts:
                 encoders[0].check(expert.module, stage.name)
-        return cls(stages, *encoders, limits)
+        return cls(stages, *encoders, limits, mesh)
 
 
 def check_style(style_scale, usable):
@@ -250,12 +265,13 @@ def guided(cond, null, request, style_scale):
     """`cond` with what guidance reads, where the request asks for guidance."""
     if not request.guided:
         return cond
-    scale = jnp.full((request.batch,), request.guidance, jnp.float32)
+    batch = len(jax.tree.leaves(cond)[0])  # a mesh may have made it larger than the request's
+    scale = jnp.full((batch,), request.guidance, jnp.float32)
     cond = {**cond, "null": null, "guidance_scale": scale}
     if style_scale is None:
         return cond
     unstyled = {"clip_image_mask": jnp.zeros_like(cond["clip_image_mask"])}
-    weight = jnp.full((request.batch,), style_scale, jnp.float32)
+    weight = jnp.full((batch,), style_scale, jnp.float32)
     return {**cond, "unstyled": unstyled, "style_scale": weight}
 
 

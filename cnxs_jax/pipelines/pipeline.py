@@ -14,16 +14,18 @@ from cnxs_jax.pipelines import scheduler as schedulers
 from cnxs_jax.pipelines.base import Pipeline
 from cnxs_jax.pipelines.diffusers_layout import COMPAT, INDEX
 from cnxs_jax.pipelines.ediffi import EDiffIPipeline
-from cnxs_jax.pipelines.pixart import PixArtAlphaPipeline
+from cnxs_jax.pipelines.pixart import PixArtAlphaPipeline, PixArtSigmaPipeline
 from cnxs_jax.pipelines.stable_diffusion import (
     StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
 )
 
 __all__ = ["FAMILIES", "load_pipeline", "save_pipeline"]
 
 DIFFUSERS = (PixArtAlphaPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline)
-FAMILIES = {family.class_name: family for family in (*DIFFUSERS, EDiffIPipeline)}
+OTHERS = (PixArtSigmaPipeline, StableDiffusionXLImg2ImgPipeline, EDiffIPipeline)
+FAMILIES = {family.class_name: family for family in (*DIFFUSERS, *OTHERS)}
 # Classes that add nothing to a family: published LCMs of Stable Diffusion are stored as the first.
 ALIASES = {"LatentConsistencyModelPipeline": StableDiffusionPipeline}
 # {class of a pipeline with a controller: (family, whose computation it follows)}
@@ -53,7 +55,8 @@ def load_pipeline(
             (module, params), a `pipelines.control.Controller`, or a list of these.
         lora: adapters that are merged into the denoiser: a LoRA file or PEFT directory, an adapter
             tree (`cnxs_jax.lora`), a pair of one of these and a factor, or a list of them.
-        experts: a part for families that take it.
+        experts: denoisers that take over below some noise, such as SDXL's refiner: a list of
+            dicts, or a JSON file of one (`cnxs_jax.pipelines.experts`).
         scheduler: "ddim", "ddpm", "euler", "dpmpp", "deis", "lcm" or a diffusers scheduler config
             dict, instead of the stored one; the model's noise schedule stays.
         dtype: "float32" (default) or "bfloat16", of the denoiser's and the text encoder's

@@ -1,4 +1,4 @@
-"""PixArt-alpha and PixArt-delta (arXiv 2310.00426, 2401.05252) as a pipeline family."""
+"""PixArt-alpha, -delta and -Sigma (arXiv 2310.00426, 2401.05252, 2403.04692) as families."""
 
 import jax.numpy as jnp
 
@@ -6,8 +6,6 @@ from cnxs_jax.data import caption_cleaning
 from cnxs_jax.data import text as tokens
 from cnxs_jax.pipelines.base import Pipeline, encode_text
 from cnxs_jax.pipelines.sizes import bins, nearest_bin
-
-MAX_TOKENS = 120  # PixArt's training length
 
 
 class PixArtAlphaPipeline(Pipeline):
@@ -32,6 +30,7 @@ class PixArtAlphaPipeline(Pipeline):
     controlled = {
         "PixArtControlNetAdapterModel": ("PixArtAlphaControlnetPipeline", "official"),
     }
+    most_tokens = 120  # the training length
     steps = 20
     guidance_scale = 4.5
     load_tokenizer = staticmethod(tokens.load_tokenizer)
@@ -61,9 +60,9 @@ class PixArtAlphaPipeline(Pipeline):
 
     @property
     def max_tokens(self):
-        """Tokens a text is padded or cut to: 120 or what tokenizer or null caption was made for."""
-        null = MAX_TOKENS if self.null_text is None else len(self.null_text)
-        return min(MAX_TOKENS, self.tokenizer.model_max_length, null)
+        """Tokens a text is padded or cut to, or what tokenizer or null caption was made for."""
+        null = self.most_tokens if self.null_text is None else len(self.null_text)
+        return min(self.most_tokens, self.tokenizer.model_max_length, null)
 
     def clean(self, text):
         """The text as PixArt was trained on it."""
@@ -85,3 +84,14 @@ class PixArtAlphaPipeline(Pipeline):
         ids, mask = jnp.asarray(ids), jnp.asarray(mask)
         text = self.run(self.components["text_encoder"], encode_text, *self._rows((ids, mask)))
         return text[: len(texts)], mask
+
+
+class PixArtSigmaPipeline(PixArtAlphaPipeline):
+    """The same on SDXL's autoencoder with texts of 300 tokens.
+
+    Its model of 2048 px draws the size asked for, without bins.
+    """
+
+    class_name = "PixArtSigmaPipeline"
+    controlled = {}
+    most_tokens = 300

@@ -88,7 +88,7 @@ def check(
         negatives=_negatives(negative_prompt, len(prompts)),
         repeats=count,
         steps=_integer(steps, "num_inference_steps", 1, MAX_STEPS),
-        guidance=_guidance(guidance),
+        guidance=guidance_scale(guidance),
         height=height,
         width=width,
         seeds=seeds,
@@ -208,10 +208,11 @@ def _integer(value, name, low, high):
     return int(value)
 
 
-def _guidance(value):
+def guidance_scale(value, where="guidance_scale"):
+    """The number; ConfigError for what is none."""
     ok = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not ok or not math.isfinite(value) or value < 0:
-        raise ConfigError(f"expected a number of 0 or more, got {value!r}", "guidance_scale")
+        raise ConfigError(f"expected a number of 0 or more, got {value!r}", where)
     return float(value)
 
 

@@ -6,6 +6,7 @@ from cnxs_jax.data import text as texts_to_tokens
 from cnxs_jax.errors import ConfigError
 from cnxs_jax.pipelines.base import Pipeline, encode_text, repeated
 
+AESTHETIC_SCORE, NEGATIVE_SCORE = 6.0, 2.5  # diffusers' defaults of the two halves
 LCM_GUIDANCE = 8.5  # diffusers' default where the guidance scale is an input of the network
 
 
@@ -36,6 +37,7 @@ class StableDiffusionPipeline(Pipeline):
     }
     steps = 50
     guidance_scale = 7.5
+    text_encoder = "text_encoder"  # whose positions bound the tokens
     load_tokenizer = staticmethod(texts_to_tokens.load_tokenizer)
 
     def check(self):
@@ -64,7 +66,7 @@ class StableDiffusionPipeline(Pipeline):
     def max_tokens(self):
         """Tokens a text is padded or cut to: 77 in the published models."""
         tokenizer = self.tokenizer[0] if isinstance(self.tokenizer, tuple) else self.tokenizer
-        positions = self.components["text_encoder"].module.max_position_embeddings
+        positions = self.components[self.text_encoder].module.max_position_embeddings
         return min(tokenizer.model_max_length, positions)
 
     def encode(self, request, size):
@@ -147,3 +149,51 @@ class StableDiffusionXLPipeline(StableDiffusionPipeline):
         if request.negatives is None and self.option("force_zeros_for_empty_prompt"):
             return {name: jnp.zeros_like(value) for name, value in found.items()}
         return found
+
+
+class StableDiffusionXLImg2ImgPipeline(StableDiffusionXLPipeline):
+    """SDXL's refiner: the low noise of SDXL's pictures, as one of its `experts`; draws none alone.
+
+    It reads the second text encoder alone and, in the place of the target size, how beautiful the
+    picture is to be.
+    """
+
+    class_name = "StableDiffusionXLImg2ImgPipeline"
+    classes = {
+        name: kind
+        for name, kind in StableDiffusionXLPipeline.classes.items()
+        if name not in ("text_encoder", "tokenizer")
+    }
+    networks = ("unet", "vae", "text_encoder_2")
+    tokenizers = ("tokenizer_2",)
+    default_options = {"force_zeros_for_empty_prompt": True, "requires_aesthetics_score": False}
+    controlled = {}
+    text_encoder = "text_encoder_2"
+
+    def _call(self, given):
+        what = f"a {self.class_name} refines what another pipeline began, it draws nothing alone"
+        raise ConfigError(what, self.class_name, 'load_pipeline(SDXL, experts=[{"below": 200, …}])')
+
+    def contexts(self):
+        """One encoder's tokens."""
+        return [(self.tokenizer, self.max_tokens)]
+
+    def embed(self, texts):
+        """`text` [B,L,D] of the penultimate layer, `pooled` [B,P]."""
+        found = self.encoded("text_encoder_2", self.tokenizer, texts)
+        return {"text": found["penultimate"], "pooled": found["pooled"]}
+
+    def micro_condition(self, batch, size, score=AESTHETIC_SCORE):
+        """`time_ids` [B,5]: original size, crop corner, aesthetic score; without scores SDXL's."""
+        if not self.option("requires_aesthetics_score"):
+            return super().micro_condition(batch, size)
+        return {
+            "time_ids": jnp.repeat(jnp.asarray([(*size, 0, 0, score)], jnp.float32), batch, axis=0)
+        }
+
+    def encode(self, request, size):
+        """As SDXL's; the unconditional half is told of a lower score."""
+        cond = super().encode(request, size)
+        if "null" in cond:
+            cond["null"] |= self.micro_condition(request.batch, size, NEGATIVE_SCORE)
+        return cond

@@ -5,9 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cnxs_jax import control
+from cnxs_jax.control import controlnet_xs
 from cnxs_jax.diffusion import edm, expert_tree, guidance, sampling, schedule, solvers
 from cnxs_jax.models.dit import PixArt
 from cnxs_jax.models.pixel_unet import PixelUNet
+from cnxs_jax.models.unet import UNet
 from eval import flops
 
 NETWORK = PixelUNet(
@@ -115,3 +118,61 @@ def test_the_same_routing_on_a_transformer_with_consistency_rows():
     other = (*copies[:2], draw(1))
     assert np.abs(np.asarray(routed(other, three)) - want).max() > 1e-2
     assert flops.count(routed) == pytest.approx(flops.count(single), rel=0.01)
+
+
+def test_the_same_routing_on_a_stable_diffusion_with_control():
+    """ControlNet-XS on each expert, its hint read once each; an expert may go without."""
+    unet = UNet(
+        block_out_channels=(8, 16), down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), layers_per_block=1, norm_num_groups=4,
+        cross_attention_dim=12, attention_head_dim=2, sample_size=8,
+    )  # fmt: skip
+    adapter = controlnet_xs.from_unet(
+        unet, block_out_channels=(4, 6), conditioning_embedding_out_channels=(4, 6),
+        num_attention_heads=2,
+    )  # fmt: skip
+    x = jax.random.normal(jax.random.key(2), (B, 16, 16, 4))
+    text = jax.random.normal(jax.random.key(3), (B, 5, 12))
+    hint = jax.random.uniform(jax.random.key(4), (B, 32, 32, 3))
+    shapes = jax.eval_shape(unet.init, jax.random.key(0), x, jnp.zeros(B), {"text": text})["params"]
+    adapter_shapes = jax.eval_shape(adapter.init, jax.random.key(0), x, hint, text)["params"]
+
+    def draw(seed):
+        rng = np.random.default_rng(seed)
+        trees = {"base": shapes, "control": adapter_shapes}
+        return jax.tree.map(
+            lambda s: jnp.asarray(0.2 * rng.normal(size=s.shape), jnp.float32), trees
+        )
+
+    whole = draw(0)
+    module, parent = control.attach(unet, whole["base"], adapter, whole["control"])
+    _, other = control.attach(unet, draw(1)["base"], adapter, draw(1)["control"])
+    denoise = guidance.cfg(sampling.denoiser(module))
+    cond = {"text": text, "hint": hint, "guidance_scale": jnp.full(B, 3.0)}
+    cond["null"] = {"text": jnp.zeros_like(text)}
+    table = solvers.dpmpp(schedule.scaled_linear(), 12)
+    routed = expert_tree.route(table, expert_tree.equal(3), expert_tree.Times(1000))
+    assert sorted(set(routed.expert)) == [0, 1, 2]
+
+    def program(denoise, params, cond, table):
+        def run(params, table):
+            return sampling.sample(denoise, params, x, cond, table)
+
+        return jax.jit(run).lower(params, table).compile()
+
+    copies = tuple(jax.tree.map(jnp.array, parent) for _ in range(3))
+    single, several = program(denoise, parent, cond, table), program(denoise, copies, cond, routed)
+    want = np.asarray(single(parent, table))
+    np.testing.assert_array_equal(several(copies, routed), want)
+    assert np.abs(np.asarray(several((*copies[:2], other), routed)) - want).max() > 1e-2
+    assert flops.count(several) == pytest.approx(flops.count(single), rel=0.01)
+
+    base = guidance.cfg(sampling.denoiser(unet))
+    plain = {k: v for k, v in cond.items() if k != "hint"}
+    free = program((base, denoise, denoise), (whole["base"], parent, parent),
+                   (plain, cond, cond), routed)  # fmt: skip
+    found = np.asarray(free((whole["base"], parent, parent), routed))
+    ends = routed.expert.index(0) / 12
+    ended = table.with_control(0.0, ends)
+    np.testing.assert_allclose(found, single(parent, ended), atol=2e-5 * np.abs(want).max())
+    assert np.abs(found - want).max() > 1e-3

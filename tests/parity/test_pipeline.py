@@ -11,6 +11,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     LCMScheduler,
     PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
     PixArtTransformer2DModel,
 )
 from diffusers.pipelines.pixart_alpha import pipeline_pixart_alpha as published
@@ -137,6 +138,23 @@ def test_micro_conditioning(tmp_path):
     want = _torch_images(theirs, ["a red fox"], noise, 4, 4.5)
     got = _our_images(load_pipeline(tmp_path / "stored"), ["a red fox"], noise, 4, 4.5)
     assert np.abs(got - want).max() <= 1e-4
+
+
+def test_sigma(theirs, stored, tmp_path):
+    """Texts of up to 300 tokens; both directions."""
+    theirs.scheduler = DPMSolverMultistepScheduler(**SCHEDULE)
+    tokenizer = T5Tokenizer.from_pretrained(stored / "tokenizer", model_max_length=512)
+    sigma = PixArtSigmaPipeline(**theirs.components | {"tokenizer": tokenizer})
+    sigma.set_progress_bar_config(disable=True)
+    sigma.save_pretrained(tmp_path / "stored")
+    prompts, noise = ["a red fox " * 60, "two blue cats"], _noise(2)
+    ours = load_pipeline(tmp_path / "stored")
+    want = _torch_images(sigma, prompts, noise, 4, 4.5)
+    assert np.abs(_our_images(ours, prompts, noise, 4, 4.5) - want).max() <= 1e-4
+    cut = _torch_images(sigma, prompts, noise, 4, 4.5, max_sequence_length=120)
+    assert np.abs(cut - want).max() > 1e-3
+    save_pipeline(ours, tmp_path / "again")
+    assert type(DiffusionPipeline.from_pretrained(tmp_path / "again")) is PixArtSigmaPipeline
 
 
 @pytest.mark.parametrize("name", [None, "ddim", "lcm"])

@@ -15,6 +15,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     LCMScheduler,
     StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
@@ -163,6 +164,84 @@ def test_sdxl(pipes, extra, monkeypatch):
     euler = EulerDiscreteScheduler.from_config(theirs.scheduler.config)
     monkeypatch.setattr(theirs, "scheduler", euler)
     _agree(*_pictures(theirs, load_pipeline(stored, scheduler="euler"), _noise(4, 8), **extra))
+
+
+REFINER = tiny_sd.XL | dict(
+    block_out_channels=(8, 12, 16),
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    cross_attention_dim=24,
+    transformer_layers_per_block=2,
+    projection_class_embeddings_input_dim=10 + 5 * 6,
+)
+
+
+@pytest.fixture(scope="module")
+def refiner(pipes, tmp_path_factory):
+    """SDXL's second stage with the autoencoder and the larger text encoder of the first."""
+    torch.manual_seed(1)
+    first, path = pipes("xl")[0], tmp_path_factory.mktemp("refiner")
+    shared = {name: getattr(first, name) for name in ("vae", "text_encoder_2", "tokenizer_2")}
+    theirs = StableDiffusionXLImg2ImgPipeline(
+        **shared, text_encoder=None, tokenizer=None, scheduler=first.scheduler,
+        unet=perturb(UNet2DConditionModel(**REFINER), 4, 0.05), add_watermarker=False,
+        requires_aesthetics_score=True, force_zeros_for_empty_prompt=False,
+    )  # fmt: skip
+    theirs.set_progress_bar_config(disable=True)
+    theirs.save_pretrained(path)
+    return theirs, path
+
+
+@pytest.mark.parametrize(
+    ("kind", "end", "extra"),
+    [
+        (EulerDiscreteScheduler, 0.8, {}),
+        (EulerDiscreteScheduler, 0.6, GUIDED | {"guidance_scale": 3.0}),
+        (DDIMScheduler, 0.5, {"guidance_scale": 1.0}),
+    ],
+)
+def test_sdxl_base_and_refiner(pipes, refiner, kind, end, extra, monkeypatch):
+    (base_pipe, stored), (refine, second) = pipes("xl"), refiner
+    steps, noise, seen = 10, _noise(), []
+    for pipe in (base_pipe, refine):
+        monkeypatch.setattr(pipe, "scheduler", kind.from_config(base_pipe.scheduler.config))
+        unet = pipe.unet.forward
+        monkeypatch.setattr(pipe.unet, "forward", lambda x, t, *args, unet=unet, **kwargs: (
+            seen.append(int(t)), unet(x, t, *args, **kwargs))[1])  # fmt: skip
+    latents = torch.from_numpy(noise).permute(0, 3, 1, 2).contiguous()
+    how = {"num_inference_steps": steps, **extra}
+    half = base_pipe(
+        PROMPTS, latents=latents, height=16, width=16, denoising_end=end, output_type="latent",
+        **how,
+    ).images  # fmt: skip
+    first = len(seen)
+    how = {"guidance_scale": 5.0} | how
+    want = refine(PROMPTS, image=half, denoising_start=end, output_type="np", **how).images
+    below = round(1000 * (1 - end))
+    assert min(seen[:first]) >= below > max(seen[first:])
+    assert len(seen) == steps
+
+    scheduler = {v: k for k, v in SCHEDULERS.items()}[kind]
+    ours = load_pipeline(stored, scheduler=scheduler)
+    both = ours.replace(experts=[{"below": below, "model": second}])
+    calls = {"latents": noise, "output_type": "np", **how}
+    with jax.default_matmul_precision("highest"):
+        alone, got = (pipe(PROMPTS, **calls).images for pipe in (ours, both))
+    assert np.abs(got - want).max() <= 1e-4
+    assert np.abs(alone - want).max() > 1e-2  # the second network has its part in it
+
+
+def test_diffusers_opens_the_refiner_that_we_save(refiner, tmp_path):
+    theirs, stored = refiner
+    save_pipeline(load_pipeline(stored), tmp_path / "again")
+    opened = DiffusionPipeline.from_pretrained(tmp_path / "again")
+    assert type(opened) is StableDiffusionXLImg2ImgPipeline
+    assert opened.text_encoder is None
+    assert opened.config.requires_aesthetics_score is True
+    assert opened.config.force_zeros_for_empty_prompt is False
+    for part in ("unet", "text_encoder_2"):
+        before, after = (getattr(p, part).state_dict() for p in (theirs, opened))
+        assert all(torch.equal(before[key], after[key]) for key in before)
 
 
 @pytest.mark.slow

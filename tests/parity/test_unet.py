@@ -49,6 +49,18 @@ CONFIGS = {
         addition_time_embed_dim=6,
         projection_class_embeddings_input_dim=10 + 6 * 6,
     ),
+    "sdxl_refiner": TINY
+    | dict(
+        block_out_channels=(8, 12, 16, 16),
+        down_block_types=("DownBlock2D", *["CrossAttnDownBlock2D"] * 2, "DownBlock2D"),
+        up_block_types=("UpBlock2D", *["CrossAttnUpBlock2D"] * 2, "UpBlock2D"),
+        attention_head_dim=(2, 3, 4, 4),
+        transformer_layers_per_block=4,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=6,
+        projection_class_embeddings_input_dim=10 + 5 * 6,
+    ),
     "lcm": TINY | dict(time_cond_proj_dim=14),
 }
 # Heights and widths: square, not square, and not even divisible by the downsampling.
@@ -57,6 +69,7 @@ CASES = [
     ("sd15", (11, 14)),
     ("sd21", (12, 8)),
     ("sdxl", (8, 12)),
+    ("sdxl_refiner", (16, 24)),
     ("lcm", (8, 8)),
 ]
 
@@ -82,7 +95,8 @@ def inputs(config, size, seed=0):
         "encoder_attention_mask": torch.tensor(cond["text_mask"]),
     }
     if "addition_embed_type" in config:
-        cond |= {"pooled": normal(2, 10), "time_ids": rng.integers(0, 1024, (2, 6)).astype("f4")}
+        ids = (config["projection_class_embeddings_input_dim"] - 10) // 6
+        cond |= {"pooled": normal(2, 10), "time_ids": rng.integers(0, 1024, (2, ids)).astype("f4")}
         added = {"text_embeds": cond["pooled"], "time_ids": cond["time_ids"]}
         arguments["added_cond_kwargs"] = {k: torch.tensor(v) for k, v in added.items()}
     if "time_cond_proj_dim" in config:

@@ -3,12 +3,14 @@
 import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import cnxs_jax
-from cnxs_jax.diffusion import expert_tree
+from cnxs_jax import sharding
+from cnxs_jax.diffusion import expert_tree, sampling
 from cnxs_jax.errors import CheckpointError, ConfigError
 from cnxs_jax.models.clip import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 from cnxs_jax.models.conditioning import Encoders
@@ -130,6 +132,38 @@ def test_encoders_may_lie_in_neighbouring_directories(pipe, tmp_path):
             opened(clip_text=name)
     with pytest.raises(CheckpointError, match="expected names of directories"):
         opened(clip="words")  # no encoder's name
+
+
+@pytest.fixture(scope="module")
+def stored(pipe, tmp_path_factory):
+    path = tmp_path_factory.mktemp("stored") / "cascade"
+    cnxs_jax.save_pipeline(pipe, path)
+    return path
+
+
+def test_one_expert_at_a_time_comes_from_host_memory(pipe, stored, monkeypatch):
+    hosted = cnxs_jax.load_pipeline(stored, offload="model")
+    params = [expert.params for stage in hosted.stages for expert in stage.experts]
+    assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(params))
+    loads, real = [], sampling.sample_from_host
+
+    def watched(*args, **kwargs):
+        return real(*args, load=lambda tree: loads.append(1) or jax.device_put(tree), **kwargs)
+
+    monkeypatch.setattr(sampling, "sample_from_host", watched)
+    np.testing.assert_allclose(drawn(hosted), drawn(pipe), atol=1e-4)
+    assert len(loads) == 3  # the base's two, then the second stage's one
+    with pytest.raises(ConfigError, match="not streamed"):
+        cnxs_jax.load_pipeline(stored, offload="sequential")
+
+
+def test_a_mesh_draws_the_same_pictures(pipe, stored):
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    split = cnxs_jax.load_pipeline(stored, mesh=mesh)
+    prompts = ["a red fox", "a boat", "two blue cats"]  # which the mesh does not divide
+    options = {"style_image": STYLE, "style_scale": 1.5, "word_masks": {}}
+    got = drawn(split, prompts, **options)
+    np.testing.assert_allclose(got, drawn(pipe, prompts, **options), atol=1e-4)
 
 
 def test_each_noise_level_runs_its_expert(base, plain):
