@@ -15,7 +15,6 @@ from eval import study
 from eval.controlnet_xs import arms, bias, connections
 from eval.draw import identity
 from tests.pipelines import tiny_sd
-from tests.pipelines.test_xs_control import adapter_on
 
 NUMBER = 6
 
@@ -27,7 +26,7 @@ def plain(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def controller(plain):
-    return Controller(*adapter_on(plain.components["unet"].module))
+    return Controller(*tiny_sd.xs_on(plain.components["unet"].module))
 
 
 def latents(pipe, **more):

@@ -15,7 +15,6 @@ from cnxs_jax.pipelines import base
 from cnxs_jax.pipelines.interface import Component
 from cnxs_jax.pipelines.load import save_model
 from tests.pipelines import tiny, tiny_sd
-from tests.pipelines.test_xs_control import adapter_on
 from tests.pipelines.tiny import perturbed
 
 STEPS, PROMPTS = 6, ["a red fox", "two blue cats"]
@@ -108,7 +107,7 @@ def test_guidance_of_its_own(sd, monkeypatch):
 @pytest.fixture(scope="module")
 def controlled(sd):
     """ControlNet-XS on the pipeline."""
-    return sd.replace(control=adapter_on(sd.components["unet"].module))
+    return sd.replace(control=tiny_sd.xs_on(sd.components["unet"].module))
 
 
 def test_control_ends_where_an_expert_has_none(controlled):
@@ -246,7 +245,7 @@ BAD = {
         "scaling_factor of its autoencoder"),
     "nested": (lambda pipe: [{"below": 9, "model": pipe.replace(
         experts=[{"below": 5, "model": other(pipe)}])}], "experts of its own"),
-    "more control": (lambda pipe: [{"below": 9, "model": other(pipe), "control": adapter_on(
+    "more control": (lambda pipe: [{"below": 9, "model": other(pipe), "control": tiny_sd.xs_on(
         pipe.components["unet"].module)}], "1 controllers, the pipeline has 0"),
     "bad guidance": (lambda pipe: [{"below": 9, "model": other(pipe), "guidance_scale": -1}],
                      "expected a number of 0 or more"),

@@ -15,7 +15,6 @@ from cnxs_jax.control import controlnet
 from cnxs_jax.errors import CheckpointError, ConfigError
 from cnxs_jax.pipelines.control import Controller
 from tests.pipelines import tiny_sd
-from tests.pipelines.test_xs_control import adapter_on
 
 
 def copy_on(base, seed):
@@ -76,7 +75,7 @@ def test_a_gap_in_their_numbers_is_told(stored, tmp_path):
 
 
 def test_several_without_a_layout_are_not_written(plain, tmp_path):
-    adapters = [Controller(*adapter_on(plain.components["unet"].module))] * 2
+    adapters = [Controller(*tiny_sd.xs_on(plain.components["unet"].module))] * 2
     with pytest.raises(ConfigError, match=r"(?s)several ControlNetXSAdapter.*save each"):
         cnxs_jax.save_pipeline(plain.replace(control=adapters), tmp_path / "pipe")
     assert not (tmp_path / "pipe").exists()

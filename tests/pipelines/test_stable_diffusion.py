@@ -111,6 +111,7 @@ def test_painted_words(pipe):
     left = np.zeros((8, 8), np.float32)
     left[:, :4] = 1.0
     plain = _np(pipe)
+    # Where nothing is painted in the whole batch, the masks do not reach the network at all.
     np.testing.assert_array_equal(_np(pipe, word_masks={"red fox": 0 * left}), plain)
     np.testing.assert_array_equal(_np(pipe, word_masks={"red fox": (left, 0.0)}), plain)
     painted = _np(pipe, word_masks={"red fox": left, "a boat": 1 - left})
@@ -119,6 +120,28 @@ def test_painted_words(pipe):
     assert np.abs(painted - swapped).max() > 1e-3
     both = _np(pipe, [PROMPT, "a boat"], word_masks=[{"red fox": left, "a boat": 1 - left}, None])
     assert np.abs(both[0] - painted[0]).max() <= 1e-4 * np.abs(painted).max()
+    pair = [
+        PROMPT,
+        "a boat",
+    ]  # and where its neighbour is painted, zeros reach it and change nothing
+    zero = [{"red fox": left}, {"a boat": 0 * left}]
+    unpainted = _np(pipe, pair)
+    assert np.abs(_np(pipe, pair, word_masks=zero)[1] - unpainted[1]).max() <= 1e-6
+    one = [{"red fox": left}, {"a boat": left}]
+    assert np.abs(_np(pipe, pair, word_masks=one)[1] - unpainted[1]).max() > 1e-3
+
+
+def test_painted_words_under_control(pipe):
+    left = np.zeros((8, 8), np.float32)
+    left[:, :4] = 1.0
+    words = {"word_masks": {"red fox": left}}
+    controlled = pipe.replace(control=tiny_sd.xs_on(pipe.components["unet"].module))
+    shown = {"image": tiny_sd.ramp()}
+    painted = _np(controlled, **shown, **words)
+    assert np.abs(painted - _np(controlled, **shown)).max() > 1e-3
+    assert np.abs(painted - _np(pipe, **words)).max() > 1e-3
+    off = _np(controlled, **shown, **words, controlnet_conditioning_scale=0.0)
+    np.testing.assert_allclose(off, _np(pipe, **words), atol=1e-5)
 
 
 def test_both_tokenizers_of_sdxl_share_one_context(xl):

@@ -9,12 +9,11 @@ import os
 import shutil
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import cnxs_jax
-from cnxs_jax.control import controlnet, controlnet_xs
+from cnxs_jax.control import controlnet
 from cnxs_jax.convert import controlnet_xs as layouts
 from cnxs_jax.convert import families, files, rules
 from cnxs_jax.errors import CheckpointError, ConfigError
@@ -24,27 +23,16 @@ from cnxs_jax.pipelines.load import save_model
 from cnxs_jax.pipelines.stable_diffusion import StableDiffusionPipeline
 from tests.convert import crafted
 from tests.pipelines import tiny_sd
-from tests.pipelines.tiny import perturbed
 
 PICTURE = tiny_sd.ramp()
 FILE = "diffusion_pytorch_model.safetensors"
-
-
-def adapter_on(module, **fields):
-    """(module, params) of a ControlNet-XS on a UNet."""
-    fields = {"conditioning_embedding_out_channels": (4, 6), "num_attention_heads": 2} | fields
-    adapter = controlnet_xs.from_unet(module, block_out_channels=(4, 6), **fields)
-    text = jnp.zeros((1, 1, adapter.cross_attention_dim))
-    side = tiny_sd.SIDE
-    args = jnp.zeros((1, side // 2, side // 2, 4)), jnp.zeros((1, side, side, 3)), text
-    return adapter, perturbed(adapter, *args)
 
 
 @pytest.fixture(scope="module")
 def pipe(tmp_path_factory):
     """Computed as diffusers computes a fused model, of which the layout has two layers a block."""
     plain = tiny_sd.pipeline(tmp_path_factory.mktemp("sd"), layers_per_block=2)
-    controller = adapter_on(plain.components["unet"].module, learn_time_embedding=True)
+    controller = tiny_sd.xs_on(plain.components["unet"].module, learn_time_embedding=True)
     return plain.replace(control=Controller(*controller, "diffusers_pretrained"))
 
 
@@ -120,7 +108,7 @@ def test_other_computations_are_written_apart(pipe, tmp_path, compat):
 
 def test_what_diffusers_cannot_hold_fused_is_not_written(tmp_path):
     plain = tiny_sd.pipeline(tmp_path)  # one layer a block
-    controller = adapter_on(plain.components["unet"].module)
+    controller = tiny_sd.xs_on(plain.components["unet"].module)
     pipe = plain.replace(control=Controller(*controller, "diffusers_pretrained"))
     with pytest.raises(ConfigError, match="fused model cannot hold layers_per_block = 1"):
         cnxs_jax.save_pipeline(pipe, tmp_path / "pipe")

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from cnxs_jax.control import controlnet_xs
 from cnxs_jax.models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from cnxs_jax.models.unet import UNet
 from cnxs_jax.models.vae import AutoencoderKL
@@ -97,6 +98,15 @@ def pipeline(directory, xl=False, **unet):
     words_2 = write_tokenizer(directory / "tokenizer_2", pad="!")
     second = load(directory / "tokenizer_2")
     return StableDiffusionXLPipeline(networks(words, words_2, **unet), (first, second), SCHEDULER)
+
+
+def xs_on(module, **fields):
+    """(module, params) of a ControlNet-XS on a UNet."""
+    fields = {"conditioning_embedding_out_channels": (4, 6), "num_attention_heads": 2} | fields
+    adapter = controlnet_xs.from_unet(module, block_out_channels=(4, 6), **fields)
+    text = jnp.zeros((1, 1, adapter.cross_attention_dim))
+    args = jnp.zeros((1, SIDE // 2, SIDE // 2, 4)), jnp.zeros((1, SIDE, SIDE, 3)), text
+    return adapter, perturbed(adapter, *args)
 
 
 class Adapter(nn.Module):
