@@ -6,6 +6,7 @@ A study is a function that returns figures (tables under `TABLES`) and, perhaps,
 import hashlib
 import json
 import re
+import textwrap
 
 from cnxs_jax.errors import ConfigError, did_you_mean
 from cnxs_jax.storage import replacing, write_json, write_text
@@ -101,7 +102,7 @@ def grid(images, prompts):
             panel.set_yticks([])
         line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
     for panel, prompt in zip(axes[0], prompts, strict=True):
-        panel.set_title(prompt.replace(" and ", "\nand "), fontsize=7)
+        panel.set_title(textwrap.fill(prompt, 20), fontsize=7)  # a column has room for so many
     return figure
 
 

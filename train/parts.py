@@ -151,10 +151,10 @@ def tiles(images):
     return _grid(images, min(8, len(images)))
 
 
-def pairs(above, below):
-    """The same of two sets, eight in a row: each row of `above` over its own of `below`."""
-    parts = [x[n : n + 8] for n in range(0, len(above), 8) for x in (above, below)]
-    return _grid(np.concatenate(parts), min(8, len(above)))
+def stacked(*sets):
+    """The same of two sets or more, eight in a row: each row of a set over its own of the next."""
+    parts = [x[n : n + 8] for n in range(0, len(sets[0]), 8) for x in sets]
+    return _grid(np.concatenate(parts), min(8, len(sets[0])))
 
 
 def _grid(images, columns):

@@ -31,9 +31,9 @@ from train.parts import (
     make,
     noise_schedule,
     outputs,
-    pairs,
     scheduler_config,
     sizes_of,
+    stacked,
     student_of,
     t5_text,
     to_signed,
@@ -200,7 +200,7 @@ def autoencoder(config):
 
     def sample(ema, frozen, encoders):
         again = reconstruct(resolve(ema, frozen), to_signed(jnp.asarray(shown)))
-        return pairs(shown / 255.0, from_signed(again))
+        return stacked(shown / 255.0, from_signed(again))
 
     def export(ema, frozen, encoders, path):
         from cnxs_jax.pipelines.load import save_model

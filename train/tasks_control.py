@@ -13,7 +13,7 @@ from cnxs_jax.control.controlnet_transformer import ControlNetTransformer, from_
 from cnxs_jax.diffusion import guidance, sampling, solvers
 from train import features, inputs, networks, objectives, validate
 from train.loop import Task
-from train.parts import REMAT, SCHEDULE, from_signed, noise_schedule, pairs, scheduler_config
+from train.parts import REMAT, SCHEDULE, from_signed, noise_schedule, scheduler_config, stacked
 from train.tasks import DENOISE, check_range
 
 KEYS = {
@@ -96,7 +96,7 @@ RECIPES = {"controller": networks.Recipe("base_path", controlled, ARRAYS, hint_p
 
 
 def sampler(config, module, vae, encode, tokenizer):
-    """`sample(ema, frozen, encoders)`: control pictures above what was drawn with them."""
+    """`sample(ema, frozen, encoders)`: control pictures, what was drawn with them, the scenes."""
     shown = inputs.shown(config, ARRAYS)
     raw = {key: shown[key] for key in ARRAYS} | inputs.tokens(config, tokenizer, shown["caption"])
     empty = inputs.tokens(config, tokenizer, [""] * len(shown["caption"]))
@@ -119,6 +119,6 @@ def sampler(config, module, vae, encode, tokenizer):
     def sample(ema, frozen, encoders):
         params = objectives.controlled(ema, frozen)
         pictures = from_signed(draw(params, encoders, raw, empty))
-        return pairs(raw["hint"] / 255.0, pictures)
+        return stacked(raw["hint"] / 255.0, pictures, raw["image"] / 255.0)
 
     return sample

@@ -21,7 +21,7 @@ from cnxs_jax.pipelines.load import load_model, save_model
 from train import inputs, validate
 from train.loop import Task
 from train.objectives_edm import ENCODER_MASKS, edm_denoise
-from train.parts import fields, from_signed, make, pairs, to_signed
+from train.parts import fields, from_signed, make, stacked, to_signed
 
 
 def tree(value, where):
@@ -285,6 +285,6 @@ def sampler(config, encoders, unet, loader):
         real, cond = prepared(params, shown)
         noise = jax.random.normal(jax.random.key(1), real.shape)
         drawn = stage_of(config, [Component(unet, ema)]).draw(noise, cond)
-        return pairs(from_signed(real), from_signed(drawn))
+        return stacked(from_signed(real), from_signed(drawn))
 
     return sample

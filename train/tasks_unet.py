@@ -34,8 +34,8 @@ from train.parts import (
     make,
     noise_schedule,
     outputs,
-    pairs,
     scheduler_config,
+    stacked,
     with_text_encoder,
 )
 from train.tasks import DENOISE, check_range, frozen_part, start_from
@@ -331,7 +331,7 @@ RECIPES = {
 
 
 def sampler(config, module, nets, tokenizers):
-    """`sample(ema, frozen, encoders)`: control pictures above what was drawn with them."""
+    """`sample(ema, frozen, encoders)`: control pictures, what was drawn with them, the scenes."""
     shown = inputs.shown(config, ARRAYS)
     family = "StableDiffusionXLPipeline" if len(tokenizers) > 1 else "StableDiffusionPipeline"
     tokenizer = tokenizers if len(tokenizers) > 1 else tokenizers[0]
@@ -351,6 +351,7 @@ def sampler(config, module, nets, tokenizers):
             controllers=(Controller(module.control, ema, module.compat),),
         )  # fmt: skip
         options = {"image": shown["hint"], "output_type": "np", **drawing(config)}
-        return pairs(shown["hint"] / 255.0, pipe(shown["caption"], seed=0, **options).images)
+        drawn = pipe(shown["caption"], seed=0, **options).images
+        return stacked(shown["hint"] / 255.0, drawn, shown["image"] / 255.0)
 
     return sample

@@ -28,13 +28,16 @@ TITLES = {
     "connections": "Which connections matter",
     "bias": "Do larger controllers bias the base?",
 }
-BY_SIZE = ("B half", "B", "B double", "B quadruple", "ControlNet")
+COMPARED = {
+    "types": ["A", "B", "C", "ControlNet"],
+    "bias": ["B half", "B", "B double", "B quadruple", "ControlNet"],
+}
 STUDY = flags.DEFINE_list("study", list(TITLES), f"Which: {', '.join(TITLES)}.")
 BASE = flags.DEFINE_string("base", None, "Pipeline directory of the base; default: the shipped.")
 RUNS = flags.DEFINE_string("runs", "runs/xs_arms", "Directory of the arms' runs.")
 OUT = flags.DEFINE_string("out", "runs/xs_studies", "Directory of the figures.")
 ARMS = flags.DEFINE_list(
-    "arms", ["A", "B", "C", "ControlNet"], f"Of the study types, some of {', '.join(arms.ARMS)}."
+    "arms", None, f"Of the studies types and bias, some of {', '.join(arms.ARMS)}; default: theirs."
 )
 SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Training seeds.")
 TRAIN = flags.DEFINE_integer("steps", None, "Training steps, if not the recipe's.", lower_bound=1)
@@ -46,6 +49,11 @@ REDO = flags.DEFINE_bool("redo", False, "Make a study again.")
 def place():
     """Directory of the base."""
     return BASE.value or fill("{assets}/sd_tiny", ".")
+
+
+def chosen(name):
+    """The arms of a study."""
+    return COMPARED[name] if ARMS.value is None else ARMS.value
 
 
 def trained(arm):
@@ -60,7 +68,7 @@ def types():
     """The comparison of the types."""
     seeds = study.check_seeds(SEEDS.value)
     return arms.study(
-        RUNS.value, ARMS.value, seeds, BASE.value, NUMBER.value, REAL.value, steps=TRAIN.value
+        RUNS.value, chosen("types"), seeds, BASE.value, NUMBER.value, REAL.value, steps=TRAIN.value
     )
 
 
@@ -76,7 +84,7 @@ def which_connections():
 def biased():
     """Sizes of type B beside the original."""
     found = {}
-    for arm in BY_SIZE:
+    for arm in chosen("bias"):
         for seed, one in zip(SEEDS.value, trained(arm), strict=True):
             found[f"{arm}, seed {seed}"] = one, size(one.params)
     return bias.study(cnxs_jax.load_pipeline(place()), found, NUMBER.value)
@@ -90,9 +98,10 @@ def main(argv):
         raise errors.ConfigError(f"unknown argument {argv[1]!r}", "command line", "see --help")
     logging.set_verbosity(logging.ERROR)
     study.check_names(STUDY.value, TITLES, "--study")
-    study.check_names(ARMS.value, arms.ARMS, "--arms")
-    if ARMS.present and "types" not in STUDY.value:
-        raise errors.ConfigError("only the study types has arms", "--arms", "leave it out")
+    if ARMS.value is not None:
+        study.check_names(ARMS.value, arms.ARMS, "--arms")
+        if not set(STUDY.value) & set(COMPARED):
+            raise errors.ConfigError("types and bias have arms", "--arms", "leave it out")
     study.check_seeds(SEEDS.value)
     check_directory(OUT.value, "--out")
     check_directory(RUNS.value, "--runs")
@@ -102,7 +111,7 @@ def main(argv):
     recipes = [arms.config_of(arm, 0).to_json() for arm in arms.ARMS]
     settings |= {"runs": RUNS.value, "recipes": study.digest(recipes)}
     for name in STUDY.value:
-        own = {"arms": ARMS.value} if name == "types" else {}
+        own = {"arms": chosen(name)} if name in COMPARED else {}
         study.make(out, name, settings | own, FUNCTIONS[name], REDO.value)
     print(study.write(out, "ControlNet-XS on the embedded world", TITLES))
     return 0

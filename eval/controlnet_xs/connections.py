@@ -61,7 +61,9 @@ def study(pipe, prompts, seed=0, scale=(20, 3.0)):
     parts = groups(controller.params)
     every = {path for paths in parts.values() for path in paths}
     whole, images = edge_f1(pipe, prompts, seed, scale)
-    rows, shown = [{"connections": "all", "edge F1": bootstrap.mean(whole)}], {"all": images[:8]}
+    rows = [{"connections": "all", "edge F1": bootstrap.mean(whole)}]
+    shown = {"control picture": prompts.truth["hint"][:8], "scene": prompts.images[:8]}
+    shown["all"] = images[:8]
     for name, paths in parts.items():
         line = {"connections": name}
         for column, gone in (("cut", set(paths)), ("alone", every - set(paths))):

@@ -173,7 +173,7 @@ def test_the_command_compares_the_arms_that_it_is_given(tmp_path):
     assert told == [
         "compared B ControlNet",
         "compared B",
-        "refused: only the study types has arms [--arms]",
+        "refused: types and bias have arms [--arms]",
     ]
 
 
