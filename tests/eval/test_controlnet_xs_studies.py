@@ -164,7 +164,7 @@ for given in sys.argv[2:]:
 
 def test_the_command_compares_the_arms_that_it_is_given(tmp_path):
     both = "--study=types --arms=B,ControlNet"  # the second time they are there already
-    calls = [both, both, "--study=types --arms=B", "--study=bias --arms=B"]
+    calls = [both, both, "--study=types --arms=B", "--study=connections --arms=B"]
     out = subprocess.run(
         [sys.executable, "-c", CALLS, f"--out={tmp_path}", *calls],
         capture_output=True, text=True, check=True,
