@@ -149,10 +149,13 @@ def test_the_exported_adapter_computes_the_same(base, run, tmp_path):
 
 @pytest.mark.slow
 def test_the_picture_of_a_controller_shows_its_hints(run):
-    _, fit, *_ = run
+    config, fit, *_ = run
     picture = fit.task.sample(fit.state.ema, fit.frozen, fit.encoders)
-    assert picture.shape == (4 * tiny_sd.SIDE, 8 * tiny_sd.SIDE, 3)
-    assert set(np.unique(picture.reshape(4, tiny_sd.SIDE, -1)[::2])) == {0, 255}
+    assert picture.shape == (6 * tiny_sd.SIDE, 8 * tiny_sd.SIDE, 3)
+    rows = picture.reshape(6, tiny_sd.SIDE, 8, tiny_sd.SIDE, 3)
+    assert set(np.unique(rows[::3])) == {0, 255}  # hints, what was drawn, scenes
+    scenes = np.concatenate(rows[2::3].swapaxes(1, 2))
+    np.testing.assert_array_equal(scenes, inputs.shown(config, ("image", "hint"))["image"])
 
 
 def test_the_planner_says_that_it_plans_the_train_step_alone(base, capsys):
