@@ -9,6 +9,7 @@ column of the solver's table are traced.
 import contextlib
 import dataclasses
 import functools
+import math
 from typing import Any, ClassVar
 
 import jax
@@ -148,8 +149,8 @@ class Pipeline(TextToImage):
         table = self.table(request.steps)
         if control is not None:
             table = table.with_control(control.start, control.end)
-        table = ensembles.route(table, self.experts) if self.experts else table
-        networks, conds = ensembles.members(self, request, control, drawn, shape[:2])
+        table = ensembles.route(table, self.experts)
+        networks, conds = ensembles.members(self, table, request, control, drawn, shape[:2])
         noise, keys = draw(request.seeds, request.indices, shape)
         noise = noise if request.latents is None else jnp.asarray(request.latents)
         noise, conds, keys = self._rows((noise, conds, keys))
@@ -164,8 +165,8 @@ class Pipeline(TextToImage):
         if control is not None:
             parameters = [row | control.parameters for row in parameters]
         if self.experts:
-            who = [{"below": e.below, "guidance": e.guidance} for e in self.experts]
-            parameters = [row | {"experts": who} for row in parameters]
+            used = {"experts": [expert.parameters for expert in self.experts]}
+            parameters = [row | used for row in parameters]
         if request.output_type == "latent":
             return Result(out, parameters)
         out = np.clip(out, 0.0, 1.0)
@@ -204,17 +205,13 @@ class Pipeline(TextToImage):
             parts = {"mesh": self.mesh, "offload": self.offload}
             controllers = controls.open_controllers(control, dtype, compat, **parts)
             compat = controls.compat_of(controllers, compat)
-        others = self.experts if experts is None else self._open_experts(experts)
+        others = self.experts if experts is None else ensembles.open_for(self, experts)
         changed = dataclasses.replace(
             self, scheduler=config, controllers=controllers, compat=compat, experts=others
         )
         changed = changed if lora is None else changed.adapted(lora)
         changed.check()
         return changed
-
-    def _open_experts(self, given):
-        dtype = self.components[self.denoiser].module.dtype
-        return ensembles.open_experts(given, dtype, self.mesh, self.offload)
 
     def adapted(self, given):
         """The same with these LoRA adapters, and no others, merged into the denoiser."""
@@ -230,9 +227,10 @@ class Pipeline(TextToImage):
         """The pipeline in a diffusers directory."""
         if lora is not None:
             adapters.check(lora)
+        experts = ensembles.check_entries(experts)
         pipe = cls(*diffusers_layout.read(cls, directory, dtype, compat, **parts))
         pipe = pipe if lora is None else pipe.adapted(lora)
-        pipe = dataclasses.replace(pipe, experts=pipe._open_experts(experts))
+        pipe = dataclasses.replace(pipe, experts=ensembles.open_for(pipe, experts))
         pipe.check()
         return pipe
 
@@ -267,8 +265,9 @@ class Pipeline(TextToImage):
 
     @property
     def multiple(self):
-        """What the sides in pixels must be multiples of."""
-        return self.factor * getattr(self.components[self.denoiser].module, "patch_size", 1)
+        """What the sides in pixels must be multiples of, of the experts too."""
+        own = self.factor * getattr(self.components[self.denoiser].module, "patch_size", 1)
+        return math.lcm(own, *(expert.pipeline(self).multiple for expert in self.experts))
 
     def latent_shape(self, size):
         """(h, w, C) of the latents of one picture."""

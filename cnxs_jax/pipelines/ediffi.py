@@ -155,7 +155,8 @@ class EDiffIPipeline(TextToImage):
         if request.negatives is not None:
             null |= encode(self.encoders, self.encoder_params, self.tokens(request.negatives))
         repeat = functools.partial(jnp.repeat, repeats=request.repeats, axis=0)
-        return jax.tree.map(repeat, (cond, null))
+        # Waited for: else encoders from host memory would be on the device beside the first expert.
+        return jax.block_until_ready(jax.tree.map(repeat, (cond, null)))
 
     def tokens(self, texts):
         """Ids and masks of a list of texts for each text encoder."""

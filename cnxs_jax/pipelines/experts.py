@@ -5,15 +5,20 @@ ensembles (eDiff-I, arXiv 2211.01324). An expert may be of another architecture,
 and be guided and controlled in its own way; latents, noise schedule and prediction are shared. The
 solver is the pipeline's, and its history goes on across the switch.
 
-They are given to `load_pipeline` as a list of dicts, or as a JSON file of one:
+They are given to `load_pipeline` as a list of dicts, or as a JSON file of one, to whose folder the
+paths in it are relative:
 
   below           the expert runs at training times t below this (1000 is pure noise): `1000 * (1 -
                   denoising_end)` of diffusers' two-stage SDXL, and down to the next one's
   model           a pipeline (directory, hub id, or one that is loaded) with texts of its own; or a
                   denoiser alone (directory or file, or (module, params)) that shares all the rest
+  component       the denoiser of the directory, hub id or file that `model` names, alone
   guidance_scale  its own; the call's unless given
   control         its controllers, as `load_pipeline` takes them; unless given, a denoiser alone has
                   the pipeline's and a pipeline its own. They see the pipeline's control pictures.
+
+LoRA adapters of the pipeline are merged into its own denoiser alone: an expert that is to have some
+is a pipeline that was loaded with them.
 """
 
 import dataclasses
@@ -22,20 +27,25 @@ import math
 import numbers
 import os
 import pathlib
+import re
+import warnings
 from typing import Any
 
+import jax
 import numpy as np
 
 from cnxs_jax.diffusion import experts as routing
 from cnxs_jax.diffusion import schedule
-from cnxs_jax.errors import ConfigError, did_you_mean
+from cnxs_jax.errors import CnxsError, ConfigError, did_you_mean
 from cnxs_jax.pipelines import control as controls
 from cnxs_jax.pipelines import request as requests
 from cnxs_jax.pipelines.diffusers_layout import INDEX
 from cnxs_jax.pipelines.interface import Component, TextToImage
-from cnxs_jax.pipelines.load import place, read_model
+from cnxs_jax.pipelines.load import load_null_caption, place, read_model
 
-KEYS = ("below", "model", "guidance_scale", "control")
+KEYS = ("below", "model", "component", "guidance_scale", "control")
+EXAMPLE = '[{"below": 200, "model": "sdxl-refiner"}]'
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,118 +56,191 @@ class Expert:
         below: the training time under which it runs.
         pipe: a pipeline of its own, or None.
         denoiser: where it has none: a `Component` in the place of the pipeline's.
+        null_text: of that denoiser, if it came with a learned unconditional caption.
         guidance: its own guidance scale, or None for the call's.
         controllers: its own, or None for those of `pipe`, or of the pipeline.
+        source: the path that it was read from, or None.
     """
 
     below: float
     pipe: Any = None
     denoiser: Component | None = None
+    null_text: Any = None
     guidance: float | None = None
     controllers: tuple | None = None
+    source: str | None = None
 
     def pipeline(self, main):
         """What draws with this expert alone."""
         pipe = self.pipe
         if pipe is None:
             components = {**main.components, main.denoiser: self.denoiser}
-            pipe = dataclasses.replace(main, components=components, experts=())
+            null = main.null_text if self.null_text is None else self.null_text
+            pipe = dataclasses.replace(main, components=components, experts=(), null_text=null)
         if self.controllers is None:
             return pipe
         return dataclasses.replace(pipe, controllers=self.controllers)
 
+    @property
+    def parameters(self):
+        """What draws an image again: its entry, as far as that is not in memory."""
+        return {"below": self.below, "model": self.source, "guidance_scale": self.guidance}
 
-def open_experts(given, dtype=None, mesh=None, offload=None):
-    """A tuple of `Expert`, lowest noise first.
+
+def check_entries(given):
+    """A list of checked dicts or of `Expert`; nothing is opened.
 
     Args:
-        given: None, a list of dicts or of `Expert`, or the path of a JSON file with such a list.
-        dtype, mesh, offload: of the pipeline that they belong to.
+        given: None, such a list, or the path of a JSON file with dicts.
 
     Raises:
         ConfigError: something else.
-        CheckpointError: files that are missing or damaged.
     """
-    entries, folder = ([], None) if given is None else _entries(given)
-    parts = {"dtype": dtype, "mesh": mesh, "offload": offload}
-    found = [e if isinstance(e, Expert) else _open(e, folder, parts) for e in entries]
-    return tuple(sorted(found, key=lambda expert: expert.below))
-
-
-def _entries(given):
-    """(list, folder that paths in it are relative to)."""
     folder = None
     if isinstance(given, str | os.PathLike):
         path = pathlib.Path(given)
         try:
             given, folder = json.loads(path.read_text(encoding="utf-8")), path.parent
         except FileNotFoundError:
-            raise ConfigError("there is no such file", str(path), "give a JSON file") from None
+            what = "there is no such file of experts"
+            raise ConfigError(what, str(path), f"a JSON file: {EXAMPLE}") from None
         except (OSError, ValueError) as error:
             raise ConfigError(f"not a readable JSON file: {error}", str(path)) from None
-    if not isinstance(given, list | tuple):
+    if not isinstance(given, list | tuple | None):
         what = f"expected a list of dicts, got {type(given).__name__}"
-        raise ConfigError(what, "experts", '[{"below": 200, "model": "sdxl-refiner"}]')
-    return given, folder
+        raise ConfigError(what, "experts", EXAMPLE)
+    return [e if isinstance(e, Expert) else _entry(e, folder) for e in given or ()]
 
 
-def _open(entry, folder, parts):
-    """The `Expert` of one dict."""
+def _entry(entry, folder):
+    """One dict with its numbers checked and its paths as seen from here."""
     if not isinstance(entry, dict):
         what = f"expected a dict, got {type(entry).__name__}"
-        raise ConfigError(what, "experts", '{"below": 200, "model": "sdxl-refiner"}')
+        raise ConfigError(what, "experts", EXAMPLE)
     for name in entry:
         if name not in KEYS:
             fix = f"there are {', '.join(KEYS)}"
             raise ConfigError(f"no key {name!r}.{did_you_mean(name, KEYS)}", "experts", fix)
     for name in ("below", "model"):
-        if name not in entry:
-            raise ConfigError(f"`{name}` is missing", "experts", f"got {', '.join(entry)}")
-    guidance = entry.get("guidance_scale")
-    if guidance is not None:
-        guidance = requests.guidance_scale(guidance, "experts: guidance_scale")
-    pipe, denoiser = _model(_relative(entry["model"], folder), **parts)
+        if entry.get(name) in (None, ""):
+            raise ConfigError(f"`{name}` is missing in {entry}", "experts", EXAMPLE)
+    below, found = _below(entry["below"]), dict(entry)
+    found["below"], where = below, f"experts: below {below:g}"
+    if entry.get("guidance_scale") is not None:
+        place = f"{where}: guidance_scale"
+        found["guidance_scale"] = requests.guidance_scale(entry["guidance_scale"], place)
+    found["model"] = _path(entry["model"], folder, f"{where}: model")
     control = entry.get("control")
     if isinstance(control, list):
-        control = [_relative(one, folder) for one in control]
-    opened = controls.open_controllers(_relative(control, folder), **parts)
-    own = None if control is None else opened
-    return Expert(_below(entry["below"]), pipe, denoiser, guidance, own)
-
-
-def _relative(path, folder):
-    """A path of a file in `folder` as seen from here; a hub id, or anything else, as it is."""
-    if folder is None or not isinstance(path, str) or not (folder / path).exists():
-        return path
-    return str(folder / path)
+        found["control"] = [_path(one, folder, f"{where}: control") for one in control]
+    elif control is not None:
+        found["control"] = _path(control, folder, f"{where}: control")
+    return found
 
 
 def _below(value):
     good = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not good or not math.isfinite(value):
-        raise ConfigError(
-            f"expected a training time, got {value!r}", "experts: below", "such as 200"
-        )
-    return float(value)
+    if not good or not 1 <= value < math.inf:
+        what, fix = f"expected a training time, got {value!r}", "such as 200 of 1000"
+        if good and 0 < value < 1:
+            fix = f"1000 * (1 - denoising_end): {1000 * (1 - value):g} for the part {value:g}"
+        raise ConfigError(what, "experts: below", fix)
+    return float(min(value, 1e9))  # of any size in JSON
 
 
-def _model(given, dtype, mesh, offload):
-    """(pipeline, None) or (None, denoiser)."""
-    from cnxs_jax.pipelines.pipeline import load_pipeline
+def _path(value, folder, where):
+    """A path as seen from here, or the hub id that it may be; what is no path, as it is."""
+    if not isinstance(value, str | os.PathLike):
+        return value
+    path = os.fspath(value) if folder is None else os.path.join(folder, value)
+    if os.path.exists(path):
+        return path
+    if HUB_ID.fullmatch(os.fspath(value)):
+        return value
+    fix = "paths are relative to the file's folder" if folder else "a path, or a hub id"
+    raise ConfigError(f"there is nothing at {path[:200]!r}", where, fix)
 
-    if isinstance(given, TextToImage):
-        return given, None
+
+def open_for(main, given):
+    """`open_experts` with what `main` was loaded with."""
+    modes = [getattr(c.module, "quantization", None) for c in main.components.values()]
+    parts = {"mesh": main.mesh, "offload": main.offload}
+    parts["dtype"] = main.components[main.denoiser].module.dtype
+    return open_experts(given, main.compat, next(filter(None, modes), None), **parts)
+
+
+def open_experts(given, compat="official", quantize=None, **parts):
+    """A tuple of `Expert`, lowest noise first, of what `check_entries` gives or takes.
+
+    Args:
+        compat: whose computation a ControlNet-XS follows that does not say it itself.
+        quantize, parts: `dtype`, `mesh` and `offload`, of the pipeline that they belong to.
+
+    Raises:
+        ConfigError: something else.
+        CheckpointError: files that are missing or damaged.
+    """
+    found = []
+    for entry in check_entries(given):
+        if isinstance(entry, Expert):
+            found.append(entry)
+            continue
+        try:
+            found.append(_open(entry, compat, quantize, parts))
+        except CnxsError as error:
+            where = f"experts: below {entry['below']:g}: {error.where}"
+            raise type(error)(error.what, where, error.fix) from None
+    return tuple(sorted(found, key=lambda expert: expert.below))
+
+
+def _open(entry, compat, quantize, parts):
+    """The `Expert` of one checked dict."""
+    pipe, denoiser, null = _model(entry["model"], entry.get("component"), quantize, parts)
+    control = entry.get("control")
+    compat = compat if pipe is None else pipe.compat
+    controllers = controls.open_controllers(control, compat=compat, **parts)
+    own = None if control is None else controllers
+    source = entry["model"] if isinstance(entry["model"], str | os.PathLike) else None
+    source = source and os.fspath(source)
+    return Expert(entry["below"], pipe, denoiser, null, entry.get("guidance_scale"), own, source)
+
+
+def _model(given, component, quantize, parts):
+    """(pipeline, None, None), or (None, denoiser, its null caption or None)."""
+    from cnxs_jax.pipelines.base import Pipeline
+    from cnxs_jax.pipelines.pipeline import load_pipeline, local_directory
+
+    if component is not None and not isinstance(given, str | os.PathLike):
+        raise ConfigError("`component` is of a path or a hub id", "component", "leave it out")
+    if isinstance(given, Pipeline):
+        return given, None, None
     if isinstance(given, tuple):
         module, params = controls.of_pair(given)[:2]
-        return None, Component(module, params)
-    if not isinstance(given, str | os.PathLike):
-        what = f"expected a path, a pipeline or (module, params), got {type(given).__name__}"
-        raise ConfigError(what, "experts: model")
-    path = pathlib.Path(given)
-    if path.is_dir() and not (path / INDEX).is_file() or path.is_file():
-        module, params = read_model(path, dtype=dtype)
-        return None, Component(module, params if offload else place(params, mesh))
-    return load_pipeline(given, dtype=dtype, mesh=mesh, offload=offload), None
+        return None, _placed(module, jax.tree.map(lambda x: x, params), parts), None
+    if isinstance(given, TextToImage) or not isinstance(given, str | os.PathLike):
+        kind = getattr(given, "class_name", type(given).__name__)
+        fix = "a pipeline's or a denoiser's path, a loaded pipeline but a cascade, (module, params)"
+        raise ConfigError(f"a {kind} is no expert", "model", fix)
+    alone = os.path.isfile(given) or os.path.isdir(given) and not _is_pipeline(given)
+    if component is None and not alone:
+        pipe = load_pipeline(given, quantize=quantize, **parts)
+        if not isinstance(pipe, Pipeline):
+            raise ConfigError(f"a {pipe.class_name} is no expert", "model", "a pipeline of latents")
+        return pipe, None, None
+    path = given if os.path.exists(given) else local_directory(given)
+    module, params = read_model(path, component, dtype=parts["dtype"])
+    null = load_null_caption(path, component) if hasattr(module, "caption_channels") else None
+    return None, _placed(module, params, parts), null
+
+
+def _is_pipeline(path):
+    return os.path.isfile(os.path.join(path, INDEX))
+
+
+def _placed(module, params, parts):
+    """The `Component` on the device or the mesh or, offloaded, on the host."""
+    hosted = parts["offload"] is not None
+    return Component(module, jax.device_get(params) if hosted else place(params, parts["mesh"]))
 
 
 def check(main, experts):
@@ -173,9 +256,6 @@ def check(main, experts):
     for expert in experts:
         where = f"experts: below {expert.below:g}"
         pipe = expert.pipeline(main)
-        for name in ("components", "experts", "offload", "mesh"):
-            if not hasattr(pipe, name):
-                raise ConfigError(f"a {pipe.class_name} cannot be an expert", where)
         if pipe.experts:
             raise ConfigError("an expert with experts of its own", where, "list them side by side")
         if expert.pipe is None:
@@ -190,9 +270,17 @@ def check(main, experts):
             shapes = [p.latent_shape((64, 64)) for p in (pipe, main)]
             what = "latents {} of 64 px, the pipeline has {}".format(*shapes)
             raise ConfigError(what, where, "experts draw on the latents of one autoencoder")
-        if pipe.controllers and len(pipe.controllers) != len(main.controllers):
-            what = f"{len(pipe.controllers)} controllers, the pipeline has {len(main.controllers)}"
-            raise ConfigError(what, where, "give as many to both, or none to the expert: []")
+        reads = [[_reads(c.module) for c in p.controllers] for p in (pipe, main)]
+        if reads[0] not in ([], reads[1]):
+            what = "controllers that read {}, the pipeline's read {}".format(*reads)
+            fix = "give as many that read the same to both, or none to the expert: []"
+            raise ConfigError(what, where, fix)
+
+
+def _reads(adapter):
+    """What a controller's picture becomes: its kind, and pixels a latent."""
+    kind, factor = (getattr(adapter, name, None) for name in ("hint_kind", "hint_factor"))
+    return f"{kind or 'pictures'} of {factor} pixels a latent" if factor else f"{kind}"
 
 
 def _check_denoiser(main, pipe, where):
@@ -223,23 +311,36 @@ def _check_pipeline(main, pipe, own, where):
 
 
 def route(table, experts):
-    """`table` with the expert column; the pipeline itself is the last one, of the highest noise."""
-    return routing.route(table, [expert.below for expert in experts], by="t")
+    """`table` with the expert column; the pipeline itself is the last one, of the highest noise.
+
+    Warns of those that have no row of it.
+    """
+    routed = routing.route(table, [expert.below for expert in experts], by="t")
+    for n, expert in enumerate(experts):
+        if n not in routed.expert:
+            text = f"the expert below {expert.below:g} has none of the {len(table)} steps"
+            warnings.warn(text, stacklevel=5)
+    return routed
 
 
-def members(main, request, control, size, latent_size):
+def members(main, table, request, control, size, latent_size):
     """`(networks, conditions)` of all that draw, lowest noise first, the pipeline last.
 
     Args:
+        table: the routed one; of experts without a row of it no condition is made.
         control: the call's `Control`, or None.
         size, latent_size: (H, W) that is drawn, and of its latents.
+
+    Returns:
+        Two tuples of one entry a denoiser: (module, params), and a dict of arrays [B, ...].
     """
     shown = main.condition(request, control, size, latent_size)
     networks, conds = [], []
-    for expert in main.experts:
+    for n, expert in enumerate(main.experts):
         pipe = expert.pipeline(main)
         networks.append(controls.attach(pipe.components[pipe.denoiser], pipe.controllers))
-        if expert.guidance in (None, request.guidance) and _sees_the_same(pipe, main):
+        same = expert.guidance in (None, request.guidance) and _sees_the_same(pipe, main)
+        if same or n not in table.expert:
             conds.append(shown)
             continue
         guidance = request.guidance if expert.guidance is None else expert.guidance
@@ -252,7 +353,8 @@ def members(main, request, control, size, latent_size):
 def _sees_the_same(pipe, main):
     """Whether the condition of `main` is that of `pipe`, too, and need not be made again."""
     own, other = (p.components[p.denoiser].module for p in (pipe, main))
-    rest = all(
-        pipe.components.get(n) is c for n, c in main.components.items() if n != main.denoiser
-    )
-    return rest and own == other and pipe.controllers is main.controllers
+    shared = {name: part for name, part in main.components.items() if name != main.denoiser}
+    rest = all(pipe.components.get(name) is part for name, part in shared.items())
+    rest = rest and all(getattr(pipe, n) is getattr(main, n) for n in ("tokenizer", "null_text"))
+    kind = type(pipe) is type(main) and pipe.options == main.options
+    return rest and kind and own == other and pipe.controllers is main.controllers

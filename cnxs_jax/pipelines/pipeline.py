@@ -23,9 +23,14 @@ from cnxs_jax.pipelines.stable_diffusion import (
 
 __all__ = ["FAMILIES", "load_pipeline", "save_pipeline"]
 
-DIFFUSERS = (PixArtAlphaPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline)
-OTHERS = (PixArtSigmaPipeline, StableDiffusionXLImg2ImgPipeline, EDiffIPipeline)
-FAMILIES = {family.class_name: family for family in (*DIFFUSERS, *OTHERS)}
+DIFFUSERS = (
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+)
+FAMILIES = {family.class_name: family for family in (*DIFFUSERS, EDiffIPipeline)}
 # Classes that add nothing to a family: published LCMs of Stable Diffusion are stored as the first.
 ALIASES = {"LatentConsistencyModelPipeline": StableDiffusionPipeline}
 # {class of a pipeline with a controller: (family, whose computation it follows)}
@@ -63,7 +68,7 @@ def load_pipeline(
             parameters and arithmetic. The autoencoder stays in float32.
         mesh: a mesh of `cnxs_jax.sharding.make_mesh` over which parameters and batch are split.
         offload: "model": each network is on the device only while it runs; "sequential": the T5
-            encoder block by block, too (`cnxs_jax.pipelines.offload`).
+            encoder block by block, too, but a cascade's (`cnxs_jax.pipelines.offload`).
         quantize: "int8": the text encoder's kernels (`cnxs_jax.convert.quantize`).
         vae_tiling: decode large pictures in overlapping tiles (`cnxs_jax.models.tiling`).
 
@@ -73,7 +78,7 @@ def load_pipeline(
     """
     compute = _compute_dtype(dtype)
     offloading.check(offload, mesh, quantize)
-    directory = _directory(path)
+    directory = local_directory(path)
     index = schedulers.read_json(directory / INDEX)
     family, compat = _family(index, directory)
     parts = {"lora": lora, "experts": experts, "vae_tiling": vae_tiling or None}
@@ -129,8 +134,12 @@ def _compute_dtype(dtype):
     return DTYPES[name]
 
 
-def _directory(path):
-    """The local directory of a path or hub id."""
+def local_directory(path):
+    """The local directory of a pipeline's path or hub id.
+
+    Raises:
+        ConfigError, CheckpointError: no path, no pipeline there, or not to be had from the hub.
+    """
     if not isinstance(path, (str, os.PathLike)):
         raise ConfigError(f"expected a directory or hub id, got {type(path).__name__}", "path")
     local = pathlib.Path(path)

@@ -60,7 +60,7 @@ class PixArtAlphaPipeline(Pipeline):
 
     @property
     def max_tokens(self):
-        """Tokens a text is padded or cut to, or what tokenizer or null caption was made for."""
+        """Tokens a text is padded or cut to: `most_tokens`, or what tokenizer or null has."""
         null = self.most_tokens if self.null_text is None else len(self.null_text)
         return min(self.most_tokens, self.tokenizer.model_max_length, null)
 

@@ -1,8 +1,8 @@
 """One call's arguments, checked and normalised before any device work."""
 
 import dataclasses
-import math
 import numbers
+import sys
 
 import numpy as np
 
@@ -211,7 +211,7 @@ def _integer(value, name, low, high):
 def guidance_scale(value, where="guidance_scale"):
     """The number; ConfigError for what is none."""
     ok = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not ok or not math.isfinite(value) or value < 0:
+    if not ok or not 0 <= value <= sys.float_info.max:  # an integer may be larger than any float
         raise ConfigError(f"expected a number of 0 or more, got {value!r}", where)
     return float(value)
 

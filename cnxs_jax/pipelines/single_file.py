@@ -33,8 +33,8 @@ def save_single_file(pipe, file, dtype=None):
         dtype: of the stored weights, "float32" or "bfloat16"; as they are unless given.
 
     Raises:
-        ConfigError: no Stable Diffusion pipeline, one with controllers, or another ending than
-            `.safetensors`.
+        ConfigError: no Stable Diffusion pipeline, one with controllers or experts, or another
+            ending than `.safetensors`.
     """
     file = Path(file)
     if file.suffix != ".safetensors":
@@ -44,6 +44,9 @@ def save_single_file(pipe, file, dtype=None):
         fix = "write it without them, `pipe.replace(control=[])`, and each on its own"
         raise ConfigError(what, "save_single_file", fix)
     kind, parts = kind_of_pipeline(pipe), {}
+    if pipe.experts:
+        fix = "write it without them, `pipe.replace(experts=[])`, and each on its own"
+        raise ConfigError("such a file has no place for experts", "save_single_file", fix)
     for name, (module, params) in pipe.components.items():
         table = single_file.table_of(kind, name, module)
         parts[name] = rules.to_tensors(params, table, where=name)

@@ -1,8 +1,10 @@
 """Experts of a pipeline: who draws which rows, with which texts, guidance and control."""
 
+import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,8 +14,10 @@ from cnxs_jax.diffusion import sampling
 from cnxs_jax.errors import ConfigError
 from cnxs_jax.models.vae import AutoencoderKL
 from cnxs_jax.pipelines import base
+from cnxs_jax.pipelines.control import Controller
 from cnxs_jax.pipelines.interface import Component
 from cnxs_jax.pipelines.load import save_model
+from cnxs_jax.storage import ASSETS
 from tests.pipelines import tiny, tiny_sd
 from tests.pipelines.tiny import perturbed
 
@@ -71,7 +75,8 @@ def test_an_expert_owns_the_times_below_its_edge(sd):
     def routed(below):
         return latents(sd.replace(experts=[{"below": below, "model": tuple(expert)}]))
 
-    np.testing.assert_array_equal(routed(float(times[-1])), latents(sd))  # t is not below t
+    with pytest.warns(UserWarning, match="has none"):  # t is not below t
+        np.testing.assert_array_equal(routed(float(times[-1])), latents(sd))
     np.testing.assert_array_equal(routed(float(times[0]) + 1), alone)
     last = routed(float(times[-1]) + 1)
     assert np.abs(last - latents(sd)).max() > 1e-3 < np.abs(last - alone).max()
@@ -159,8 +164,70 @@ def test_two_stages_from_a_small_file(stored):
     np.testing.assert_array_equal(found, latents(by_hand))
     alone = latents(by_hand.replace(experts=[]))
     assert np.abs(found - alone).max() > 1e-3
-    result = pipe("a boat", num_inference_steps=2)
-    assert result.parameters[0]["experts"] == [{"below": 400.0, "guidance": None}]
+    result = pipe("a boat", num_inference_steps=STEPS)
+    shown = {"below": 400.0, "model": str(stored / "second"), "guidance_scale": None}
+    assert result.parameters[0]["experts"] == [shown]
+    # The denoiser of a whole pipeline alone: no second text encoder is loaded.
+    part = {"below": 400, "model": str(stored / "whole"), "component": "transformer"}
+    cnxs_jax.save_pipeline(whole(by_hand, second), stored / "whole")
+    one = by_hand.replace(experts=[part])
+    assert one.experts[0].pipe is None
+    np.testing.assert_array_equal(latents(one), found)
+
+
+def whole(pipe, denoiser):
+    """`pipe` with another denoiser in its place."""
+    return swapped(pipe, transformer=Component(*denoiser))
+
+
+def test_a_denoiser_brings_its_null_caption(stored, tmp_path):
+    """Above all times it is the pipeline of that denoiser and that caption."""
+    pipe = cnxs_jax.load_pipeline(stored / "first")
+    null = np.random.default_rng(1).normal(size=(6, 16)).astype(np.float32)
+    save_model(*pipe.components["transformer"], tmp_path / "own", null_caption=null)
+    every = pipe.replace(experts=[{"below": 999.5, "model": str(tmp_path / "own")}])
+    first = pipe("a boat", num_inference_steps=1, output_type="latent").images
+    found = every("a boat", num_inference_steps=1, output_type="latent").images
+    want = dataclasses.replace(pipe, null_text=jnp.asarray(null))
+    want = want("a boat", num_inference_steps=1, output_type="latent").images
+    np.testing.assert_array_equal(found, want)
+    assert np.abs(found - first).max() > 1e-3
+
+
+def test_arrays_from_python_are_put_where_the_pipeline_is(stored):
+    second = cnxs_jax.load_model(stored / "second")
+    hosted = cnxs_jax.load_pipeline(stored / "first", offload="model")
+    hosted = hosted.replace(experts=[{"below": 400, "model": second}])
+    leaves = jax.tree.leaves(hosted.experts[0].denoiser.params)
+    assert all(isinstance(x, np.ndarray) for x in leaves)
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(second[1]))  # the caller's stay
+
+
+def test_an_expert_without_a_step_is_told_and_costs_nothing(sd):
+    routed = sd.replace(experts=[{"below": 1, "model": other(sd)}])  # t = 831, ..., 1
+    with pytest.warns(UserWarning, match="the expert below 1 has none of the 6 steps"):
+        np.testing.assert_array_equal(latents(routed), latents(sd))
+
+
+def test_control_of_an_expert_follows_the_pipelines_computation(controlled, tmp_path):
+    save_model(*controlled.controllers[0][:2], tmp_path / "xs")
+    theirs = controlled.replace(
+        control=Controller(*controlled.controllers[0][:2], "diffusers_pretrained")
+    )
+    expert = {"below": 400, "model": tuple(theirs.components["unet"]), "control": tmp_path / "xs"}
+    (opened,) = theirs.replace(experts=[expert]).experts
+    assert opened.controllers[0].compat == "diffusers_pretrained"
+
+
+def test_sides_are_multiples_of_all(stored):
+    pipe = cnxs_jax.load_pipeline(stored / "first")
+    module = pipe.components["transformer"].module.clone(patch_size=4)
+    cond = {"text": np.zeros((1, 4, 16), "f4"), "text_mask": np.ones((1, 4), np.int32)}
+    coarse = module, perturbed(module, np.zeros((1, 8, 8, 4), "f4"), np.zeros(1, "f4"), cond)
+    both = pipe.replace(experts=[{"below": 400, "model": coarse}])
+    assert (pipe.multiple, both.multiple) == (4, 8)
+    with pytest.raises(ConfigError, match="20 pixels is not a multiple of 8"):
+        both("a boat", height=20, width=16)
 
 
 def test_in_host_memory_one_of_them_is_on_the_device(stored, monkeypatch):
@@ -229,7 +296,17 @@ BAD = {
     "no file": (lambda pipe: "nowhere.json", "there is no such file"),
     "too late": (lambda pipe: [{"below": 1000, "model": other(pipe)}], "between 0 and 1000"),
     "twice": (lambda pipe: [{"below": 9, "model": other(pipe)}] * 2, "two experts below 9"),
-    "a number": (lambda pipe: [{"below": 9, "model": 3}], "expected a path"),
+    "a number": (lambda pipe: [{"below": 9, "model": 3}], "a int is no expert"),
+    "a fraction": (lambda pipe: [{"below": 0.2, "model": other(pipe)}],
+                   "1000 * (1 - denoising_end): 800 for the part 0.2"),
+    "huge": (lambda pipe: [{"below": 10**400, "model": other(pipe)}], "between 0 and 1000"),
+    "nowhere": (lambda pipe: [{"below": 9, "model": "x" * 300}], "there is nothing at"),
+    "no control": (lambda pipe: [{"below": 9, "model": other(pipe), "control": "nix"}],
+                   "there is nothing at 'nix'"),
+    "a cascade": (lambda pipe: [{"below": 9, "model": str(ASSETS / "ediffi_tiny"), "control": []}],
+                  "a EDiffIPipeline is no expert"),
+    "a component of arrays": (lambda pipe: [{"below": 9, "model": other(pipe),
+                                             "component": "unet"}], "of a path or a hub id"),
     "an autoencoder": (lambda pipe: [{"below": 9, "model": tuple(pipe.components["vae"])}],
                        "a AutoencoderKL in the place of a UNet"),
     "wider text": (lambda pipe: [{"below": 9, "model": small(pipe, cross_attention_dim=24)}],
@@ -246,7 +323,7 @@ BAD = {
     "nested": (lambda pipe: [{"below": 9, "model": pipe.replace(
         experts=[{"below": 5, "model": other(pipe)}])}], "experts of its own"),
     "more control": (lambda pipe: [{"below": 9, "model": other(pipe), "control": tiny_sd.xs_on(
-        pipe.components["unet"].module)}], "1 controllers, the pipeline has 0"),
+        pipe.components["unet"].module)}], "the pipeline's read []"),
     "bad guidance": (lambda pipe: [{"below": 9, "model": other(pipe), "guidance_scale": -1}],
                      "expected a number of 0 or more"),
 }  # fmt: skip

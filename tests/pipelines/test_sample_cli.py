@@ -14,6 +14,7 @@ from PIL import Image
 from cnxs_jax import sample
 from cnxs_jax.control import hints
 from cnxs_jax.errors import CheckpointError, ConfigError
+from cnxs_jax.pipelines import diffusers_layout as load
 from tests.control import estimator
 
 GOOD = ["--prompt=a fox", "--out=x.png"]
@@ -49,6 +50,15 @@ BAD = [
     [*GOOD, "--hint=canny", "--hint_path=b", "--control=a", f"--image={__file__}"],
     [*GOOD, "stray"],
 ]
+
+
+def test_experts_are_read_before_any_weights(tmp_path, monkeypatch):
+    (tmp_path / "experts.json").write_text('[{"below": 0.2, "model": "refiner"}]')
+    monkeypatch.setattr(load, "read_model", None)
+    out = f"--out={tmp_path / 'x.png'}"
+    for name, message in (("experts", "denoising_end"), ("nowhere", "no such file of experts")):
+        with pytest.raises(ConfigError, match=message):
+            sample.main(["--prompt=a", out, f"--experts={tmp_path / name}.json"])
 
 
 @pytest.mark.parametrize("arguments", BAD, ids=" ".join)
