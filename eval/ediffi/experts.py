@@ -3,6 +3,7 @@
 Every arm starts from the same shared model of its seed and sees as many pictures after it:
 
   ensemble   three experts, each on its own noise levels (`configs/ediffi.py:tiny`)
+  two        two experts (`:two`)
   shared     one model on all levels (`:shared`)
   mixed      one model on the levels that the experts' shares amount to (`:mixed`)
   updates    one model in smaller batches, so that it is updated more often (`:updates`)
@@ -28,7 +29,13 @@ from eval import study as study_page
 from eval.metrics import features, kid, scene_accuracy
 from train import loop
 
-ARMS = {"ensemble": "tiny", "shared": "shared", "mixed": "mixed", "updates": "updates"}
+ARMS = {
+    "ensemble": "tiny",
+    "two": "two",
+    "shared": "shared",
+    "mixed": "mixed",
+    "updates": "updates",
+}
 BASELINE = "shared"
 SEED_STEP = 100  # between the seeds of two runs; the stages of one use the numbers between
 
