@@ -3,6 +3,7 @@
 A command with a mistake in a flag, a config key, a variant or a file's name fails here.
 """
 
+import ast
 import functools
 import importlib
 import inspect
@@ -53,7 +54,8 @@ def config_of(arguments):
         *parents, leaf = key.split(".")
         place = functools.reduce(lambda table, name: table[name], parents, config)
         kind = type(place[leaf]) if place[leaf] is not None else str
-        place[leaf] = value == "True" if kind is bool else kind(value)
+        kind = {bool: "True".__eq__, tuple: ast.literal_eval}.get(kind, kind)
+        place[leaf] = kind(value)
     validate.check(config)
     return config
 
