@@ -165,7 +165,7 @@ class Pipeline(TextToImage):
         if control is not None:
             parameters = [row | control.parameters for row in parameters]
         if self.experts:
-            used = {"experts": [expert.parameters for expert in self.experts]}
+            used = {"experts": [expert.entry for expert in self.experts]}
             parameters = [row | used for row in parameters]
         if request.output_type == "latent":
             return Result(out, parameters)
@@ -205,13 +205,12 @@ class Pipeline(TextToImage):
             parts = {"mesh": self.mesh, "offload": self.offload}
             controllers = controls.open_controllers(control, dtype, compat, **parts)
             compat = controls.compat_of(controllers, compat)
-        others = self.experts if experts is None else ensembles.open_for(self, experts)
-        changed = dataclasses.replace(
-            self, scheduler=config, controllers=controllers, compat=compat, experts=others
-        )
-        changed = changed if lora is None else changed.adapted(lora)
-        changed.check()
-        return changed
+        pipe = dataclasses.replace(self, scheduler=config, controllers=controllers, compat=compat)
+        if experts is not None:
+            pipe = dataclasses.replace(pipe, experts=ensembles.open_for(pipe, experts))
+        pipe = pipe if lora is None else pipe.adapted(lora)
+        pipe.check()
+        return pipe
 
     def adapted(self, given):
         """The same with these LoRA adapters, and no others, merged into the denoiser."""

@@ -98,7 +98,7 @@ def open_controllers(given, dtype=None, compat="official", mesh=None, offload=No
     return tuple(c._replace(params=place(jax.tree.map(lambda x: x, c.params), mesh)) for c in found)
 
 
-def of_pair(pair, compat="official"):
+def of_pair(pair, compat="official", where="control"):
     """The `Controller` of (module, params), or of one; `compat` is for a pair.
 
     Raises ConfigError for anything else, and for the parameters of another network.
@@ -108,14 +108,14 @@ def of_pair(pair, compat="official"):
     if not whole or not isinstance(pair[0], nn.Module) or not isinstance(pair[1], dict):
         fix = "give a path, or what `load_model` returns; several controllers as a list"
         what = f"expected (module, params), got ({', '.join(kinds)})"
-        raise ConfigError(what, "control", fix)
-    check_params(*pair[:2])
+        raise ConfigError(what, where, fix)
+    check_params(*pair[:2], where)
     if isinstance(pair, Controller):
         return pair
     return Controller(*pair, compat if has_choice(pair[0]) else "official")
 
 
-def check_params(module, params):
+def check_params(module, params, where="control"):
     """Raises ConfigError unless names and shapes are the module's; of unknown classes nothing."""
     if families.known_family(module) is None:
         return
@@ -127,7 +127,7 @@ def check_params(module, params):
         raise ConfigError(
             f"{len(wrong)} parameters do not fit the {kind}: {name} is "
             f"{given.get(name, 'missing')}, expected {wanted.get(name, 'none of this name')}",
-            "control",
+            where,
             "give module and parameters of one network, as `load_model` returns them",
         )
 

@@ -159,13 +159,17 @@ def _write_tokenizer(tokenizer, directory):
 
 def _null_text(directory, family, components):
     """The learned unconditional caption [L,D] beside the denoiser or in the pipeline, or None."""
-    module = components[family.denoiser].module
     null = load_null_caption(directory / family.denoiser)
+    return fitting_null(null, components[family.denoiser].module, directory)
+
+
+def fitting_null(null, module, where):
+    """The caption [L,D] on the device, None for a network that reads none; CheckpointError."""
     if null is None or not hasattr(module, "caption_channels"):
         return None
     width = module.caption_channels
     if null.shape[1] != width:
         raise CheckpointError(
-            f"null_caption is {list(null.shape)}, the model reads [L,{width}]", str(directory)
+            f"null_caption is {list(null.shape)}, the model reads [L,{width}]", str(where)
         )
     return jnp.asarray(null)

@@ -39,9 +39,9 @@ from cnxs_jax.diffusion import schedule
 from cnxs_jax.errors import CnxsError, ConfigError, did_you_mean
 from cnxs_jax.pipelines import control as controls
 from cnxs_jax.pipelines import request as requests
-from cnxs_jax.pipelines.diffusers_layout import INDEX
+from cnxs_jax.pipelines.diffusers_layout import INDEX, fitting_null
 from cnxs_jax.pipelines.interface import Component, TextToImage
-from cnxs_jax.pipelines.load import load_null_caption, place, read_model
+from cnxs_jax.pipelines.load import component_directory, load_null_caption, place, read_model
 
 KEYS = ("below", "model", "component", "guidance_scale", "control")
 EXAMPLE = '[{"below": 200, "model": "sdxl-refiner"}]'
@@ -59,7 +59,7 @@ class Expert:
         null_text: of that denoiser, if it came with a learned unconditional caption.
         guidance: its own guidance scale, or None for the call's.
         controllers: its own, or None for those of `pipe`, or of the pipeline.
-        source: the path that it was read from, or None.
+        entry: what of its dict is no array: what `load_pipeline` takes again.
     """
 
     below: float
@@ -68,7 +68,7 @@ class Expert:
     null_text: Any = None
     guidance: float | None = None
     controllers: tuple | None = None
-    source: str | None = None
+    entry: dict = dataclasses.field(default_factory=dict)
 
     def pipeline(self, main):
         """What draws with this expert alone."""
@@ -81,17 +81,16 @@ class Expert:
             return pipe
         return dataclasses.replace(pipe, controllers=self.controllers)
 
-    @property
-    def parameters(self):
-        """What draws an image again: its entry, as far as that is not in memory."""
-        return {"below": self.below, "model": self.source, "guidance_scale": self.guidance}
+
+class Entry(dict):
+    """A checked dict of an expert."""
 
 
 def check_entries(given):
-    """A list of checked dicts or of `Expert`; nothing is opened.
+    """A list of `Entry` or `Expert`; nothing is opened.
 
     Args:
-        given: None, such a list, or the path of a JSON file with dicts.
+        given: None, such a list or one of dicts, or the path of a JSON file with dicts.
 
     Raises:
         ConfigError: something else.
@@ -104,16 +103,16 @@ def check_entries(given):
         except FileNotFoundError:
             what = "there is no such file of experts"
             raise ConfigError(what, str(path), f"a JSON file: {EXAMPLE}") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"not a readable JSON file: {error}", str(path)) from None
-    if not isinstance(given, list | tuple | None):
+    if not isinstance(given, list | tuple) and (given is not None or folder is not None):
         what = f"expected a list of dicts, got {type(given).__name__}"
         raise ConfigError(what, "experts", EXAMPLE)
-    return [e if isinstance(e, Expert) else _entry(e, folder) for e in given or ()]
+    return [e if isinstance(e, Expert | Entry) else _entry(e, folder) for e in given or ()]
 
 
 def _entry(entry, folder):
-    """One dict with its numbers checked and its paths as seen from here."""
+    """The `Entry` of one dict: its numbers checked, its paths as seen from here."""
     if not isinstance(entry, dict):
         what = f"expected a dict, got {type(entry).__name__}"
         raise ConfigError(what, "experts", EXAMPLE)
@@ -122,14 +121,15 @@ def _entry(entry, folder):
             fix = f"there are {', '.join(KEYS)}"
             raise ConfigError(f"no key {name!r}.{did_you_mean(name, KEYS)}", "experts", fix)
     for name in ("below", "model"):
-        if entry.get(name) in (None, ""):
-            raise ConfigError(f"`{name}` is missing in {entry}", "experts", EXAMPLE)
-    below, found = _below(entry["below"]), dict(entry)
+        if entry.get(name) is None:
+            there = ", ".join(entry) or "nothing"
+            raise ConfigError(f"`{name}` is missing, there is {there}", "experts", EXAMPLE)
+    below, found = _below(entry["below"]), Entry(entry)
     found["below"], where = below, f"experts: below {below:g}"
     if entry.get("guidance_scale") is not None:
         place = f"{where}: guidance_scale"
         found["guidance_scale"] = requests.guidance_scale(entry["guidance_scale"], place)
-    found["model"] = _path(entry["model"], folder, f"{where}: model")
+    found["model"] = _path(entry["model"], folder, f"{where}: model", hub=True)
     control = entry.get("control")
     if isinstance(control, list):
         found["control"] = [_path(one, folder, f"{where}: control") for one in control]
@@ -148,14 +148,14 @@ def _below(value):
     return float(min(value, 1e9))  # of any size in JSON
 
 
-def _path(value, folder, where):
+def _path(value, folder, where, hub=False):
     """A path as seen from here, or the hub id that it may be; what is no path, as it is."""
     if not isinstance(value, str | os.PathLike):
         return value
     path = os.fspath(value) if folder is None else os.path.join(folder, value)
-    if os.path.exists(path):
+    if os.fspath(value) and os.path.exists(path):
         return path
-    if HUB_ID.fullmatch(os.fspath(value)):
+    if hub and HUB_ID.fullmatch(os.fspath(value)):
         return value
     fix = "paths are relative to the file's folder" if folder else "a path, or a hub id"
     raise ConfigError(f"there is nothing at {path[:200]!r}", where, fix)
@@ -182,7 +182,7 @@ def open_experts(given, compat="official", quantize=None, **parts):
     """
     found = []
     for entry in check_entries(given):
-        if isinstance(entry, Expert):
+        if isinstance(entry, Expert):  # of a pipeline that lies where this one does
             found.append(entry)
             continue
         try:
@@ -194,15 +194,19 @@ def open_experts(given, compat="official", quantize=None, **parts):
 
 
 def _open(entry, compat, quantize, parts):
-    """The `Expert` of one checked dict."""
+    """The `Expert` of one `Entry`."""
     pipe, denoiser, null = _model(entry["model"], entry.get("component"), quantize, parts)
     control = entry.get("control")
     compat = compat if pipe is None else pipe.compat
     controllers = controls.open_controllers(control, compat=compat, **parts)
     own = None if control is None else controllers
-    source = entry["model"] if isinstance(entry["model"], str | os.PathLike) else None
-    source = source and os.fspath(source)
-    return Expert(entry["below"], pipe, denoiser, null, entry.get("guidance_scale"), own, source)
+    plain = {name: value for name, value in entry.items() if _is_plain(value)}
+    return Expert(entry["below"], pipe, denoiser, null, entry.get("guidance_scale"), own, plain)
+
+
+def _is_plain(value):
+    several = isinstance(value, list) and all(map(_is_plain, value))
+    return several or isinstance(value, str | float | None)
 
 
 def _model(given, component, quantize, parts):
@@ -215,7 +219,7 @@ def _model(given, component, quantize, parts):
     if isinstance(given, Pipeline):
         return given, None, None
     if isinstance(given, tuple):
-        module, params = controls.of_pair(given)[:2]
+        module, params = controls.of_pair(given, where="model")[:2]
         return None, _placed(module, jax.tree.map(lambda x: x, params), parts), None
     if isinstance(given, TextToImage) or not isinstance(given, str | os.PathLike):
         kind = getattr(given, "class_name", type(given).__name__)
@@ -227,9 +231,11 @@ def _model(given, component, quantize, parts):
         if not isinstance(pipe, Pipeline):
             raise ConfigError(f"a {pipe.class_name} is no expert", "model", "a pipeline of latents")
         return pipe, None, None
-    path = given if os.path.exists(given) else local_directory(given)
+    path = pathlib.Path(given if os.path.exists(given) else local_directory(given))
+    if path.is_dir():
+        path, component = component_directory(path, component), None
     module, params = read_model(path, component, dtype=parts["dtype"])
-    null = load_null_caption(path, component) if hasattr(module, "caption_channels") else None
+    null = fitting_null(load_null_caption(path, component), module, path)
     return None, _placed(module, params, parts), null
 
 

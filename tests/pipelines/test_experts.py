@@ -11,7 +11,7 @@ import pytest
 import cnxs_jax
 from cnxs_jax import sharding
 from cnxs_jax.diffusion import sampling
-from cnxs_jax.errors import ConfigError
+from cnxs_jax.errors import CheckpointError, ConfigError
 from cnxs_jax.models.vae import AutoencoderKL
 from cnxs_jax.pipelines import base
 from cnxs_jax.pipelines.control import Controller
@@ -165,13 +165,13 @@ def test_two_stages_from_a_small_file(stored):
     alone = latents(by_hand.replace(experts=[]))
     assert np.abs(found - alone).max() > 1e-3
     result = pipe("a boat", num_inference_steps=STEPS)
-    shown = {"below": 400.0, "model": str(stored / "second"), "guidance_scale": None}
-    assert result.parameters[0]["experts"] == [shown]
+    assert result.parameters[0]["experts"] == [{"below": 400.0, "model": str(stored / "second")}]
     # The denoiser of a whole pipeline alone: no second text encoder is loaded.
     part = {"below": 400, "model": str(stored / "whole"), "component": "transformer"}
     cnxs_jax.save_pipeline(whole(by_hand, second), stored / "whole")
     one = by_hand.replace(experts=[part])
     assert one.experts[0].pipe is None
+    assert one.experts[0].entry == part
     np.testing.assert_array_equal(latents(one), found)
 
 
@@ -192,6 +192,13 @@ def test_a_denoiser_brings_its_null_caption(stored, tmp_path):
     want = want("a boat", num_inference_steps=1, output_type="latent").images
     np.testing.assert_array_equal(found, want)
     assert np.abs(found - first).max() > 1e-3
+    (tmp_path / "export").mkdir()  # and where its directory is all that there is
+    (tmp_path / "own").rename(tmp_path / "export" / "transformer")
+    (one,) = pipe.replace(experts=[{"below": 9, "model": str(tmp_path / "export")}]).experts
+    np.testing.assert_array_equal(one.null_text, null)
+    save_model(*pipe.components["transformer"], tmp_path / "wide", null_caption=np.ones((6, 17)))
+    with pytest.raises(CheckpointError, match=r"null_caption is \[6, 17\](?s:.*)below 9"):
+        pipe.replace(experts=[{"below": 9, "model": str(tmp_path / "wide")}])
 
 
 def test_arrays_from_python_are_put_where_the_pipeline_is(stored):
@@ -216,6 +223,8 @@ def test_control_of_an_expert_follows_the_pipelines_computation(controlled, tmp_
     )
     expert = {"below": 400, "model": tuple(theirs.components["unet"]), "control": tmp_path / "xs"}
     (opened,) = theirs.replace(experts=[expert]).experts
+    assert opened.controllers[0].compat == "diffusers_pretrained"
+    (opened,) = controlled.replace(control=theirs.controllers[0], experts=[expert]).experts
     assert opened.controllers[0].compat == "diffusers_pretrained"
 
 
@@ -290,13 +299,19 @@ def small(pipe, **fields):
 
 BAD = {
     "not a list": (lambda pipe: {"below": 200}, "expected a list"),
-    "no model": (lambda pipe: [{"below": 200}], "`model` is missing"),
+    "no model": (lambda pipe: [{"below": 200}], "`model` is missing, there is below"),
     "a typo": (lambda pipe: [{"bellow": 200, "model": other(pipe)}], 'Did you mean "below"?'),
     "no number": (lambda pipe: [{"below": "x", "model": other(pipe)}], "expected a training time"),
     "no file": (lambda pipe: "nowhere.json", "there is no such file"),
     "too late": (lambda pipe: [{"below": 1000, "model": other(pipe)}], "between 0 and 1000"),
     "twice": (lambda pipe: [{"below": 9, "model": other(pipe)}] * 2, "two experts below 9"),
     "a number": (lambda pipe: [{"below": 9, "model": 3}], "a int is no expert"),
+    "arrays alone": (lambda pipe: [{"model": other(pipe)}], "`below` is missing, there is model"),
+    "an array": (lambda pipe: [{"below": 9, "model": np.zeros(3)}], "a ndarray is no expert"),
+    "other parameters": (lambda pipe: [{"below": 9, "model": (other(pipe)[0], {})}],
+                         "parameters do not fit the UNet"),
+    "no hub of controllers": (lambda pipe: [{"below": 9, "model": other(pipe), "control": "a/b"}],
+                              "there is nothing at 'a/b'"),
     "a fraction": (lambda pipe: [{"below": 0.2, "model": other(pipe)}],
                    "1000 * (1 - denoising_end): 800 for the part 0.2"),
     "huge": (lambda pipe: [{"below": 10**400, "model": other(pipe)}], "between 0 and 1000"),
@@ -340,6 +355,7 @@ def test_one_message_for_what_does_not_fit(sd, case):
         sd.replace(experts=make(sd))
     assert message in str(caught.value)
     assert "expert" in str(caught.value.where) or case == "no file"
+    assert len(str(caught.value)) < 500
 
 
 def test_no_layout_holds_them(sd, tmp_path):
