@@ -120,10 +120,8 @@ def test_painted_words(pipe):
     assert np.abs(painted - swapped).max() > 1e-3
     both = _np(pipe, [PROMPT, "a boat"], word_masks=[{"red fox": left, "a boat": 1 - left}, None])
     assert np.abs(both[0] - painted[0]).max() <= 1e-4 * np.abs(painted).max()
-    pair = [
-        PROMPT,
-        "a boat",
-    ]  # and where its neighbour is painted, zeros reach it and change nothing
+    # Beside a painted neighbour zeros do reach it, and change nothing.
+    pair = [PROMPT, "a boat"]
     zero = [{"red fox": left}, {"a boat": 0 * left}]
     unpainted = _np(pipe, pair)
     assert np.abs(_np(pipe, pair, word_masks=zero)[1] - unpainted[1]).max() <= 1e-6
