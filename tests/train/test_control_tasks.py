@@ -116,12 +116,15 @@ def test_a_fresh_controller_has_the_loss_of_its_base(base):
     assert jax.tree.structure(gradient) == jax.tree.structure(task.params)
 
 
-def test_the_picture_of_a_controller_shows_its_edges(base):
-    task = loop.build_task(control_config(base, order="paper"))
+def test_the_picture_of_a_controller_shows_its_edges_and_scenes(base):
+    config = control_config(base, order="paper")
+    task = loop.build_task(config)
     picture = task.sample(task.params, task.frozen, task.encoders)
-    assert picture.shape == (4 * tiny.SIDE, 8 * tiny.SIDE, 3)
-    hints = picture.reshape(4, tiny.SIDE, -1)[::2]
-    assert set(np.unique(hints)) == {0, 255}
+    assert picture.shape == (6 * tiny.SIDE, 8 * tiny.SIDE, 3)
+    rows = picture.reshape(6, tiny.SIDE, 8, tiny.SIDE, 3)
+    assert set(np.unique(rows[::3])) == {0, 255}  # hints, what was drawn, scenes
+    scenes = np.concatenate(rows[2::3].swapaxes(1, 2))
+    np.testing.assert_array_equal(scenes, inputs.shown(config, ("image", "hint"))["image"])
 
 
 @pytest.fixture(scope="module")
