@@ -183,7 +183,7 @@ def test_null_caption_of_another_width(made, tmp_path):
         ({"scheduler": "dpmp"}, "scheduler"),
         ({"control": 3}, "control"),
         ({"lora": 3}, "lora"),
-        ({"experts": []}, "experts"),
+        ({"experts": [{"below": 200}]}, "experts"),
     ],
 )
 def test_bad_arguments_of_load_stop_before_weights(stored, monkeypatch, arguments, where):
