@@ -120,11 +120,13 @@ def test_painted_words(pipe):
     assert np.abs(painted - swapped).max() > 1e-3
     both = _np(pipe, [PROMPT, "a boat"], word_masks=[{"red fox": left, "a boat": 1 - left}, None])
     assert np.abs(both[0] - painted[0]).max() <= 1e-4 * np.abs(painted).max()
-    # Beside a painted neighbour zeros do reach it, and change nothing.
+    # Beside a painted neighbour zeros do reach it, and change nothing: exactly what no masks give
+    # there, and up to the rounding of another program what it is in a batch without any.
     pair = [PROMPT, "a boat"]
-    zero = [{"red fox": left}, {"a boat": 0 * left}]
+    zero = _np(pipe, pair, word_masks=[{"red fox": left}, {"a boat": 0 * left}])
+    np.testing.assert_array_equal(zero, _np(pipe, pair, word_masks=[{"red fox": left}, None]))
     unpainted = _np(pipe, pair)
-    assert np.abs(_np(pipe, pair, word_masks=zero)[1] - unpainted[1]).max() <= 1e-6
+    assert np.abs(zero[1] - unpainted[1]).max() <= 1e-5 * np.abs(unpainted).max()
     one = [{"red fox": left}, {"a boat": left}]
     assert np.abs(_np(pipe, pair, word_masks=one)[1] - unpainted[1]).max() > 1e-3
 
