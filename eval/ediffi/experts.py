@@ -2,8 +2,8 @@
 
 Every arm starts from the same shared model of its seed and sees as many pictures after it:
 
-  ensemble   three experts, each on its own noise levels (`configs/ediffi.py:tiny`)
-  two        two experts (`:two`)
+  two        two experts, each on its own noise levels (`configs/ediffi.py:tiny`)
+  three      three experts (`:three`)
   shared     one model on all levels (`:shared`)
   mixed      one model on the levels that the experts' shares amount to (`:mixed`)
   updates    one model in smaller batches, so that it is updated more often (`:updates`)
@@ -30,8 +30,8 @@ from eval.metrics import features, kid, scene_accuracy
 from train import loop
 
 ARMS = {
-    "ensemble": "tiny",
-    "two": "two",
+    "two": "tiny",
+    "three": "three",
     "shared": "shared",
     "mixed": "mixed",
     "updates": "updates",
@@ -92,7 +92,7 @@ def losses(root):
 def compare(runs, arms, seeds):
     """Rows: one a noise interval and one of all, the ratios to the shared model's of each arm."""
     every = {(a, s): losses(Path(runs) / f"{a}_{s}") for a in arms for s in seeds}
-    first = "ensemble" if "ensemble" in arms else arms[0]
+    first = next((arm for arm in arms if arm != BASELINE), BASELINE)  # its experts are named
     bins, rows = every[first, seeds[0]][0], []
     for i, one in enumerate(bins):
         line = {"quantiles": "{:.4g} to {:.4g}".format(*one["quantiles"]), "expert": one["expert"]}

@@ -109,7 +109,7 @@ def smallest(module, arguments):
         arguments = [a + ":smoke" if a.startswith("--config=") else a for a in arguments]
         arguments = [a.replace(",control_depth", "") for a in arguments]
     if module == "eval.ediffi" and "--study=experts" in arguments:
-        small = [*small, "--arms=ensemble,shared", "--seeds=0", "--steps=1"]
+        small = [*small, "--arms=two,shared", "--seeds=0", "--steps=1"]
     if module == "cnxs_jax.convert" and arguments[0].endswith("512x512.pth"):
         small = ["--config=cnxs_jax/assets/pixart_tiny/transformer/config.json"]  # is the tiny one
     names = tuple(e.split("=")[0] + "=" for e in small)

@@ -159,7 +159,7 @@ def finished(root, values):
     """A run's report with these losses in two noise intervals."""
     root.mkdir(parents=True)
     bins = [
-        {"quantiles": q, "expert": "E", "result": v}
+        {"quantiles": q, "expert": root.name, "result": v}
         for q, v in zip(([0, 0.25], [0.25, 1]), values, strict=True)
     ]
     total = {"result": 0.25 * values[0] + 0.75 * values[1]}
@@ -171,22 +171,23 @@ def finished(root, values):
 def test_arms_are_compared_seed_by_seed(tmp_path):
     for seed, factor in ((0, 1.0), (1, 3.0)):
         finished(tmp_path / f"shared_{seed}", (1.0 * factor, 2.0 * factor))
-        finished(tmp_path / f"ensemble_{seed}", (0.8 * factor, (1.8 + 0.2 * seed) * factor))
-    rows = experts.compare(tmp_path, ["ensemble", "shared"], [0, 1])
-    assert [row["ensemble"] for row in rows] == pytest.approx([0.8, 0.95, 0.9286], abs=1e-4)
-    assert rows[1]["ensemble, each seed"] == "0.900, 1.000"
+        finished(tmp_path / f"two_{seed}", (0.8 * factor, (1.8 + 0.2 * seed) * factor))
+    rows = experts.compare(tmp_path, ["shared", "two"], [0, 1])
+    assert [row["two"] for row in rows] == pytest.approx([0.8, 0.95, 0.9286], abs=1e-4)
+    assert rows[1]["two, each seed"] == "0.900, 1.000"
     assert "shared" not in rows[0]
+    assert rows[0]["expert"] == "two_0"
     with pytest.raises(ConfigError, match="no finished run"):
         experts.compare(tmp_path, ["mixed", "shared"], [0])
 
 
 def test_arms_of_a_seed_share_their_parent(tmp_path):
     (tmp_path / "shared_0" / "shared" / "export").mkdir(parents=True)
-    experts.share_parent(tmp_path, tmp_path / "ensemble_0", 0)
-    assert (tmp_path / "ensemble_0" / "shared" / "export").is_dir()
-    experts.share_parent(tmp_path, tmp_path / "ensemble_1", 1)
-    assert not (tmp_path / "ensemble_1").exists()
-    first, second = (experts.config_of("ensemble", seed).to_dict() for seed in (0, 1))
+    experts.share_parent(tmp_path, tmp_path / "two_0", 0)
+    assert (tmp_path / "two_0" / "shared" / "export").is_dir()
+    experts.share_parent(tmp_path, tmp_path / "two_1", 1)
+    assert not (tmp_path / "two_1").exists()
+    first, second = (experts.config_of("three", seed).to_dict() for seed in (0, 1))
     assert first["shared"] == experts.config_of("updates", 0).to_dict()["shared"]
     seeds = [[run[name]["seed"] for name in run["stages"]] for run in (first, second)]
     assert len(set(seeds[0] + seeds[1])) == 8  # no stage draws what another one drew
