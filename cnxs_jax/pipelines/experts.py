@@ -162,31 +162,25 @@ def _path(value, folder, where, hub=False):
 
 
 def open_for(main, given):
-    """`open_experts` with what `main` was loaded with."""
-    modes = [getattr(c.module, "quantization", None) for c in main.components.values()]
-    parts = {"mesh": main.mesh, "offload": main.offload}
-    parts["dtype"] = main.components[main.denoiser].module.dtype
-    return open_experts(given, main.compat, next(filter(None, modes), None), **parts)
-
-
-def open_experts(given, compat="official", quantize=None, **parts):
     """A tuple of `Expert`, lowest noise first, of what `check_entries` gives or takes.
 
-    Args:
-        compat: whose computation a ControlNet-XS follows that does not say it itself.
-        quantize, parts: `dtype`, `mesh` and `offload`, of the pipeline that they belong to.
+    They are opened as `main` was: its dtype, quantization, mesh, offload and `compat`.
 
     Raises:
         ConfigError: something else.
         CheckpointError: files that are missing or damaged.
     """
+    modes = [getattr(c.module, "quantization", None) for c in main.components.values()]
+    quantize = next(filter(None, modes), None)
+    parts = {"mesh": main.mesh, "offload": main.offload}
+    parts["dtype"] = main.components[main.denoiser].module.dtype
     found = []
     for entry in check_entries(given):
         if isinstance(entry, Expert):  # of a pipeline that lies where this one does
             found.append(entry)
             continue
         try:
-            found.append(_open(entry, compat, quantize, parts))
+            found.append(_open(entry, main.compat, quantize, parts))
         except CnxsError as error:
             where = f"experts: below {entry['below']:g}: {error.where}"
             raise type(error)(error.what, where, error.fix) from None
