@@ -3,10 +3,15 @@
 Prompts name one thing and no style; the reference is a real scene of another thing. `style`: share
 of the pictures with the prompted thing whose style is the reference's. `objects`: share with the
 prompted thing. `leaked`: share that shows the reference's thing; `leaked by chance`: that shows the
-thing of another picture's reference. Two bounds stand beside it: the same where the prompt names
-the style, and how often a linear map of CLIP's embedding of a reference tells its style.
+thing of another picture's reference. Three bounds stand beside it: the same where the prompt names
+the style; how often a linear map of CLIP's embedding of a reference tells its style; and the same
+where the larger stages enlarge real scenes in the place of the base's pictures.
 """
 
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
 import numpy as np
 
 from cnxs_jax.data import emoji_scenes
@@ -14,6 +19,8 @@ from cnxs_jax.data.scenes import with_article
 from cnxs_jax.pipelines import ediffi
 from eval import ask
 from eval.metrics import bootstrap
+from train.parts import to_signed
+from train.tasks_ediffi import shrunk
 
 SCALES = (None, 1.0, 2.0, 4.0, 8.0)  # of the style alone; None: one scale for text and style
 GUIDED = (None, 4.0)  # those that are drawn with guidance in every stage, too
@@ -78,6 +85,34 @@ def told_by_clip(pipe, seed, fitted=384, judged=128):
     return bootstrap.proportion(right.sum(), judged)
 
 
+@dataclasses.dataclass(frozen=True)
+class Real:
+    """A first stage that draws given pictures [B,H,W,3]."""
+
+    size: int
+    sampler: Any
+    pictures: Any
+
+    def draw(self, noise, cond, steps=None):
+        return self.pictures
+
+
+def enlarged(pipe, asked):
+    """Figures of real scenes of the prompted things in the asked styles, from the base's size on.
+
+    Of one batch. The larger stages get neither reference nor style word.
+    """
+    asked, scenes = asked[: ask.BATCH], []
+    for n, a in enumerate(asked):
+        spec = {"concepts": [a["thing"]], "style": a["style"], "named": ()}
+        rng = np.random.default_rng([n, len(asked)])
+        scenes.append(emoji_scenes.make_scene(rng, spec, split="test", truth=False)["image"])
+    base = pipe.stages[0]
+    small = shrunk(to_signed(jnp.asarray(np.stack(scenes))), base.size)
+    real = dataclasses.replace(pipe, stages=(Real(base.size, base.sampler, small), *pipe.stages[1:]))
+    return judge(ask.draw(real, [a["prompt"] for a in asked]), asked)
+
+
 def rows_of(pipe, asked, scales=SCALES):
     """{label: (prompts, options)} of what is drawn."""
     prompts, references = [a["prompt"] for a in asked], [a["reference"] for a in asked]
@@ -102,5 +137,6 @@ def study(pipe, number, seed):
         rows.append({"style scale": label} | judge(images, asked))
         shown[label] = images[:8]
     bounds = [{"bound": "told by CLIP's embedding", "style": told_by_clip(pipe, seed)}]
+    bounds += [{"bound": "real scenes, enlarged"} | enlarged(pipe, asked)]
     named = [a["prompt"] for a in asked[:8]]
     return {"rows": rows, "bounds": bounds}, {"prompts": named, "images": shown}

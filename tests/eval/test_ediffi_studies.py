@@ -88,6 +88,14 @@ def test_what_the_embedding_of_a_reference_knows_bounds_the_style(monkeypatch):
     assert style.told_by_clip(shipped, 0, fitted=192, judged=64)["value"] < 0.4
 
 
+def test_real_scenes_bound_what_the_larger_stages_keep_of_a_style():
+    """At 16 px real scenes have their style, and the shipped larger stages do not undo it."""
+    shipped = cnxs_jax.load_pipeline(DEFAULT_MODEL.parent / "ediffi_tiny")
+    found = style.enlarged(shipped, style.questions(8, 0))
+    assert found["style"]["value"] >= 0.85
+    assert found["objects"]["value"] == 1.0
+
+
 def test_style_rows_ask_for_the_same_things():
     stages = [SimpleNamespace()] * 3
     asking = SimpleNamespace(stages=stages, defaults=lambda: (25, 3.0))
