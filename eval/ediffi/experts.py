@@ -5,7 +5,7 @@ Every arm starts from the same shared model of its seed and sees as many picture
   two        two experts, each on its own noise levels (`configs/ediffi.py:tiny`)
   three      three experts (`:three`)
   shared     one model on all levels (`:shared`)
-  mixed      one model on the levels that the experts' shares amount to (`:mixed`)
+  mixed      one model on the levels that the three experts' shares amount to (`:mixed`)
   updates    one model in smaller batches, so that it is updated more often (`:updates`)
 
 A run of an arm ends with the held-out loss of every noise interval, on the same pictures and noises
@@ -92,17 +92,20 @@ def losses(root):
 def compare(runs, arms, seeds):
     """Rows: one a noise interval and one of all, the ratios to the shared model's of each arm."""
     every = {(a, s): losses(Path(runs) / f"{a}_{s}") for a in arms for s in seeds}
-    first = next((arm for arm in arms if arm != BASELINE), BASELINE)  # its experts are named
-    bins, rows = every[first, seeds[0]][0], []
-    for i, one in enumerate(bins):
-        line = {"quantiles": "{:.4g} to {:.4g}".format(*one["quantiles"]), "expert": one["expert"]}
+    rows = []
+    for i, one in enumerate(every[BASELINE, seeds[0]][0]):
+        line = {"quantiles": "{:.4g} to {:.4g}".format(*one["quantiles"])}
         for arm in arms:
+            bins = [every[arm, s][0][i] for s in seeds]
             ratios = [
-                every[arm, s][0][i]["result"] / every[BASELINE, s][0][i]["result"] for s in seeds
+                b["result"] / every[BASELINE, s][0][i]["result"]
+                for b, s in zip(bins, seeds, strict=True)
             ]
             line |= spread(arm, ratios)
+            if arm != BASELINE:
+                line[f"{arm}, expert"] = bins[0]["expert"]
         rows.append(line)
-    total = {"quantiles": "all", "expert": "-"}
+    total = {"quantiles": "all"}
     for arm in arms:
         ratios = [every[arm, s][1] / every[BASELINE, s][1] for s in seeds]
         total |= spread(arm, ratios)

@@ -87,7 +87,7 @@ def told_by_clip(pipe, seed, fitted=384, judged=128):
 
 @dataclasses.dataclass(frozen=True)
 class Real:
-    """A first stage that draws given pictures [B,H,W,3]."""
+    """A first stage that draws given pictures [B,H,W,3] in [-1, 1], whatever it is asked for."""
 
     size: int
     sampler: Any
@@ -97,20 +97,22 @@ class Real:
         return self.pictures
 
 
-def enlarged(pipe, asked):
+def enlarged(pipe, asked, seed):
     """Figures of real scenes of the prompted things in the asked styles, from the base's size on.
 
-    Of one batch. The larger stages get neither reference nor style word.
+    Of the first batch, whose pictures the first stage holds. The larger stages get neither
+    reference nor style word.
     """
     asked, scenes = asked[: ask.BATCH], []
     for n, a in enumerate(asked):
         spec = {"concepts": [a["thing"]], "style": a["style"], "named": ()}
-        rng = np.random.default_rng([n, len(asked)])
+        rng = np.random.default_rng([seed, n, 1])  # 1: not those of the questions
         scenes.append(emoji_scenes.make_scene(rng, spec, split="test", truth=False)["image"])
     base = pipe.stages[0]
     small = shrunk(to_signed(jnp.asarray(np.stack(scenes))), base.size)
-    real = dataclasses.replace(pipe, stages=(Real(base.size, base.sampler, small), *pipe.stages[1:]))
-    return judge(ask.draw(real, [a["prompt"] for a in asked]), asked)
+    first = Real(base.size, base.sampler, small)
+    real = dataclasses.replace(pipe, stages=(first, *pipe.stages[1:]))
+    return judge(ask.draw(real, [a["prompt"] for a in asked], seed), asked)
 
 
 def rows_of(pipe, asked, scales=SCALES):
@@ -137,6 +139,6 @@ def study(pipe, number, seed):
         rows.append({"style scale": label} | judge(images, asked))
         shown[label] = images[:8]
     bounds = [{"bound": "told by CLIP's embedding", "style": told_by_clip(pipe, seed)}]
-    bounds += [{"bound": "real scenes, enlarged"} | enlarged(pipe, asked)]
+    bounds += [{"bound": "real scenes, enlarged"} | enlarged(pipe, asked, seed)]
     named = [a["prompt"] for a in asked[:8]]
     return {"rows": rows, "bounds": bounds}, {"prompts": named, "images": shown}

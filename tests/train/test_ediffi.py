@@ -125,11 +125,12 @@ def test_pictures_shrink_by_means_and_crops_of_both_sizes_agree():
 
 def test_a_mixture_draws_its_intervals_at_their_shares():
     levels, intervals = LogNormal(), cover(configs.ediffi.THREE_TREE)
-    mixture = Mixture(levels, intervals, configs.ediffi.SHARES)
+    shares = configs.ediffi.get_config("mixed").longer.mix
+    mixture = Mixture(levels, intervals, shares)
     keys = jax.random.split(jax.random.key(0), 20_000)
     quantile = levels.quantile(jax.vmap(mixture.draw)(keys))
     got = [np.mean((quantile >= i.low) & (quantile < i.high)) for i in intervals]
-    np.testing.assert_allclose(got, np.array(configs.ediffi.SHARES) / 32, atol=0.015)
+    np.testing.assert_allclose(got, np.array(shares) / 32, atol=0.015)
     middle = quantile[(quantile >= 0.125) & (quantile < 0.75)]
     assert np.mean(middle < 0.4375) == pytest.approx(0.5, abs=0.02)  # the parent's own density
 
