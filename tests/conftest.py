@@ -4,11 +4,13 @@ Most of the suite's time is LLVM's: its lowest optimisation level halves it. `XL
 level of its own, or the name of a file of flags, wins. `checks.record` notes which it was.
 """
 
+import gc
 import os
 import pathlib
 import warnings
 
 import jax
+import pytest
 
 LEVEL = "--xla_backend_optimization_level"
 given = os.environ.get("XLA_FLAGS", "").strip()  # read when the first device is asked for
@@ -26,3 +28,18 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 # tqdm and tensorboardX warn about things that are theirs
 warnings.filterwarnings("ignore", category=DeprecationWarning, module="tensorboardX")
+
+MAPS, MOST = pathlib.Path("/proc/self/maps"), 40_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_mappings():
+    """Drops compiled programs once they are many.
+
+    Linux lets a process map 65,530 pieces of memory, and XLA's compiler crashes beyond; each
+    program takes some, and the whole suite in one process takes more than there are.
+    """
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST:
+        jax.clear_caches()
+        gc.collect()
