@@ -36,8 +36,8 @@ MAPS, MOST = pathlib.Path("/proc/self/maps"), 40_000
 def few_mappings():
     """Drops compiled programs once they are many.
 
-    Linux lets a process map 65,530 pieces of memory, and XLA's compiler crashes beyond; each
-    program takes some, and the whole suite in one process takes more than there are.
+    Linux lets a process map 65,530 pieces of memory and each program takes some: all tests in one
+    process would take more than there are, and such a run has crashed in XLA's compiler.
     """
     yield
     if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST:
