@@ -63,9 +63,12 @@ def _product(a, b, b_axis=0):
 
 
 def _transposed(x):
-    """x.T in two parts: XLA would fold a whole transpose into the product, which is slow there."""
-    middle = x.shape[0] // 2
-    return jnp.concatenate([x[:middle].T, x[middle:].T], axis=1)
+    """x.T in two parts: XLA would fold a whole transpose into the product, which is slow there.
+
+    Parts of the columns: rows are spread over the devices, which would have to exchange theirs.
+    """
+    middle = x.shape[1] // 2
+    return jnp.concatenate([x[:, :middle].T, x[:, middle:].T], axis=0)
 
 
 def _kept(x):
