@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cnxs_jax import precision
+from cnxs_jax import precision, sharding
 from cnxs_jax.models.layers import Dense
 
 X = jax.random.normal(jax.random.key(0), (4, 8, 24))
@@ -39,6 +39,26 @@ def test_bfloat16_products_round_their_factors_only(features):
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(rounded))
     assert 2e-4 < distance(rounded[0], exact[0]) < 6e-3  # it is rounded, and no more than that
     assert distance(rounded[1], exact[1]) < 6e-3
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+@pytest.mark.parametrize("features", [16, 40])
+def test_devices_exchange_the_sum_of_the_gradient_alone(features, name):
+    """Rows that are spread over two devices stay where they are, transposed or not."""
+    mesh = sharding.make_mesh(devices=jax.devices()[:2])
+    with precision.matmul(name):
+        layer = Dense(features)
+        params = layer.init(jax.random.key(1), X)
+
+        def loss(params, x):
+            return jnp.square(layer.apply(params, x)).sum()
+
+        x = sharding.put_batch(np.asarray(X), mesh)
+        params = sharding.put(params, sharding.replicated(mesh))
+        hlo = jax.jit(jax.grad(loss)).lower(params, x).compile().as_text()
+    assert "all-reduce(" in hlo
+    for name in ("all-to-all", "all-gather", "collective-permute"):
+        assert f"{name}(" not in hlo, name
 
 
 def test_float32_is_the_plain_product():

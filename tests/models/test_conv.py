@@ -96,6 +96,34 @@ def test_group_norm_survives_a_large_mean():
     assert close(np.asarray(ours, np.float64), reference, 1e-4)
 
 
+@pytest.mark.parametrize(("mean", "tolerance"), [(0, 1e-5), (300, 1e-3)])
+def test_group_norms_gradient_is_that_of_linens(mean, tolerance):
+    """Of input, scale and bias; also where the mean is 300 times as large as what is left."""
+    x, target = mean + random(3, 8, 6, 32), random(3, 8, 6, 32, seed=1)
+    params = {"params": {"scale": random(32, seed=2), "bias": random(32, seed=3)}}
+
+    def gradients(layer):
+        return jax.grad(lambda p, x: (jnp.sin(layer.apply(p, x)) * target).sum(), (0, 1))(params, x)
+
+    ours = gradients(conv.GroupNorm(8, 1e-6))
+    theirs = gradients(nn.GroupNorm(8, epsilon=1e-6, use_fast_variance=False))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert close(a, b, tolerance)
+
+
+def test_group_norm_of_half_precision_sums_in_float32():
+    """The output has the layer's dtype, whatever the input's; so has the gradient the input's."""
+    x = (300 + random(2, 16, 16, 8)).astype(jnp.bfloat16)
+    params = {"params": {"scale": jnp.ones(8), "bias": jnp.zeros(8)}}
+    exact = conv.GroupNorm(2).apply(params, x.astype(jnp.float32))
+    np.testing.assert_array_equal(conv.GroupNorm(2).apply(params, x), exact)
+    half = conv.GroupNorm(2, dtype=jnp.bfloat16)
+    np.testing.assert_array_equal(half.apply(params, x), exact.astype(jnp.bfloat16))
+    grad = jax.grad(lambda x: (half.apply(params, x).astype(jnp.float32) ** 3).sum())(x)
+    assert grad.dtype == jnp.bfloat16
+    assert bool(jnp.isfinite(grad.astype(jnp.float32)).all())
+
+
 def test_time_embedding_shifts_the_channels_of_a_resnet_block():
     block, x, temb = conv.ResnetBlock(12, 4), random(2, 5, 5, 8), random(2, 16, seed=1)
     params = block.init(jax.random.key(0), x, temb)["params"]
