@@ -147,7 +147,7 @@ def joined(num_heldout=512):
 def ensemble(tree, experts):
     """A shared model and its experts, as `TINY` has them."""
     config = ConfigDict()
-    config.cpu_devices = 2  # it divides every batch; faster than one device on two cores
+    config.cpu_devices = 2  # it divides every batch
     config.stages = ("shared",)
     config.shared = tiny_base(steps=1000, batch_size=32)
     for i, (name, share, batch, margin) in enumerate(experts):

@@ -167,11 +167,11 @@ def _group_means(x, num_groups):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def group_norm(x, scale, bias, num_groups, epsilon, dtype=jnp.float32):
+def group_norm(x, scale, bias, num_groups, epsilon, dtype):
     """GroupNorm of [B,H,W,C], float32 inside, two passes; float32 scale and bias [1,1,1,C].
 
-    Its gradient is written out: it keeps `x` alone, where JAX's keeps the centred and the
-    normalised array too, and it sums over the pixels twice instead of four times.
+    Its gradient is written out: of arrays of that size it keeps `x` alone, where JAX's keeps the
+    centred one and its double, and it sums over the pixels twice instead of three times.
     """
     return _group_norm_forward(x, scale, bias, num_groups, epsilon, dtype)[0]
 
