@@ -196,6 +196,21 @@ def dividing(mesh, axes, size):
     return names if parts > 1 and size % parts == 0 else None
 
 
+def free_axes(mesh):
+    """The names of the mesh's axes that XLA spreads arrays over here; none on one device or
+    inside of a `shard_map` over all of them."""
+    if mesh.empty or mesh.size == 1:
+        return frozenset()
+    return frozenset(mesh.axis_names) - frozenset(mesh.manual_axes)
+
+
+def row_parts(rows):
+    """In how many equal parts the mesh that is set holds an axis of `rows` rows of a batch."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = dividing(mesh, free_axes(mesh).intersection(BATCH), rows) or ()
+    return math.prod(mesh.shape[name] for name in axes)
+
+
 def owned_parts(mesh, process=None):
     """The parts of a batch (of `batch_parts(mesh)`) that one process's devices hold, ascending.
 

@@ -101,8 +101,7 @@ def _on_each_device(form):
 
     def run(q, k, v, mask, bias, scale):
         mesh = jax.sharding.get_abstract_mesh()
-        alone = mesh.empty or mesh.size == 1
-        free = set() if alone else set(mesh.axis_names) - set(mesh.manual_axes)
+        free = sharding.free_axes(mesh)
         if not free:  # one device, or inside of a `shard_map` already
             return form(q, k, v, mask, bias, scale)
         rows = sharding.dividing(mesh, free.intersection(sharding.BATCH), q.shape[0])

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cnxs_jax import backend
+from cnxs_jax import backend, sharding
 from cnxs_jax.models.activations import silu
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
@@ -81,29 +81,34 @@ def _kernel_gradient(x, g, shape, padding):
 
     Row shifts are laid side by side in the columns of x and column shifts in those of g, so that
     one product of [h C, n] and [n, w O] holds all taps: for 3x3, 6 copies instead of im2col's 9,
-    and a nearly square product.
+    and a nearly square product. Each device scans the images that it holds: XLA would gather all
+    of them for a scan over an axis that is spread.
     """
     h, w, C, O = shape  # noqa: E741
     B, H, W, _ = g.shape
-    n = IMAGES_A_CHUNK if B % IMAGES_A_CHUNK == 0 else 1
+    parts = sharding.row_parts(B)
+    n = IMAGES_A_CHUNK if B // parts % IMAGES_A_CHUNK == 0 else 1
 
     def add_chunk(total, chunk):
         x, g = chunk
-        x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-        g = jnp.pad(g, ((0, 0), (0, 0), (w - 1, w - 1), (0, 0)))
-        rows = jnp.concatenate([x[:, i : i + H] for i in range(h)], -1)
-        columns = jnp.concatenate([g[:, :, w - 1 - j :][:, :, : W + w - 1] for j in range(w)], -1)
+        x = jnp.pad(x, ((0, 0), (0, 0), *padding, (0, 0)))
+        g = jnp.pad(g, ((0, 0),) * 3 + ((w - 1, w - 1), (0, 0)))
+        rows = jnp.concatenate([x[:, :, i : i + H] for i in range(h)], -1)
+        columns = [g[:, :, :, w - 1 - j :][:, :, :, : W + w - 1] for j in range(w)]
         product = jnp.einsum(
-            "nc,no->co",
-            rows.reshape(-1, h * C),
-            columns.reshape(-1, w * O),
+            "pnc,pno->pco",
+            rows.reshape(parts, -1, h * C),
+            jnp.concatenate(columns, -1).reshape(parts, -1, w * O),
             preferred_element_type=jnp.float32,
         )
         return total + product, None
 
-    chunks = (x.reshape(B // n, n, *x.shape[1:]), g.reshape(B // n, n, H, W, O))
-    total, _ = lax.scan(add_chunk, jnp.zeros((h * C, w * O), jnp.float32), chunks)
-    return total.reshape(h, C, w, O).transpose(0, 2, 1, 3)
+    def chunked(a):  # [chunks, parts, n, H, W, C]
+        return a.reshape(parts, -1, n, *a.shape[1:]).swapaxes(0, 1)
+
+    start = jnp.zeros((parts, h * C, w * O), jnp.float32)
+    total, _ = lax.scan(add_chunk, start, (chunked(x), chunked(g)))
+    return total.sum(0).reshape(h, C, w, O).transpose(0, 2, 1, 3)
 
 
 def convolve_doubled(x, kernel):

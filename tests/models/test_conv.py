@@ -6,7 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cnxs_jax import sharding
 from cnxs_jax.models import conv
+from tests.programs import exchanges
 
 
 def random(*shape, seed=0):
@@ -54,6 +56,24 @@ def test_the_form_is_chosen_by_pixels_and_channels():
     assert form(2, 16, 512) == ("one product" if here else "plain")
     assert form(4, 16, 512) == form(1, 16, 16) == "plain"
     assert form(2, 16, 512, size=1) == form(2, 16, 512, strides=2) == "plain"
+
+
+def test_devices_scan_their_own_images_for_the_kernel_gradient():
+    """Two devices exchange their sums and no pictures, and find the gradient of one."""
+    x, weight = (np.asarray(random(4, 32, 32, 16, seed=i)) for i in range(2))
+    kernel = np.asarray(random(3, 3, 16, 16, seed=2))
+
+    def loss(kernel, x, weight):
+        return (conv.convolve(x, kernel) * weight).sum()
+
+    alone = jax.jit(jax.grad(loss))(kernel, x, weight)
+    mesh = sharding.make_mesh(devices=jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        batch = sharding.put_batch({"x": x, "weight": weight}, mesh)
+        placed = sharding.put(kernel, sharding.replicated(mesh)), batch["x"], batch["weight"]
+        program = jax.jit(jax.grad(loss)).lower(*placed).compile()
+    assert exchanges(program) == {"all-reduce"}
+    assert close(program(*placed), alone, 1e-5)
 
 
 def test_kernel_gradient_accumulates_in_float32():
