@@ -9,8 +9,12 @@ tree over the noise distribution; super-resolution stages follow.
   :cascade  the same with super-resolution to 32 and 64 px
   :shipped  the cascade with one base model, trained for longer, instead of experts
   :three    :tiny with three experts: a low one, a high one and the rest, as the paper's
+  :no_margin  :three, each expert trained on its own levels alone
+  :halves   :tiny with uniform intervals: two experts of half of the levels each
+  :quarters the same with four of a quarter each
   :shared   :tiny without experts: one model on as many samples, to compare with
   :updates  :shared in the experts' smaller batches, for about as many updates as all of them make
+  :deeper   :shared with twice as many blocks, at their cost of sampling
   :mixed    :shared on the noise levels that the three experts' unequal shares amount to
   :parallel :three with its experts side by side, in equal shares, one a group of devices
             (--config.experts.mesh.expert=3) or in turn on one
@@ -61,20 +65,33 @@ VARIANTS = (
     "cascade",
     "shipped",
     "three",
+    "no_margin",
+    "halves",
+    "quarters",
     "shared",
+    "deeper",
     "updates",
     "mixed",
     "parallel",
     "smoke",
     "paper",
 )
-TINY_TREE = ((3, 0),)
 THREE_TREE = ((3, 0), (2, 3))
 PAPER_TREE = ((3, 0), (9, 511))
 EXPERTS = ("low", "middle", "high")
 # Each expert's name, pictures of every 32, batch size, margin (1/16 of all levels at either side).
-TINY = (("low", 6, 6, 1 / 2), ("high", 26, 8, 1 / 14))
 THREE = (("low", 6, 6, 1 / 2), ("middle", 13, 8, 1 / 10), ("high", 13, 8, 1 / 4))
+ENSEMBLES = {
+    "tiny": (((3, 0),), (("low", 6, 6, 1 / 2), ("high", 26, 8, 1 / 14))),
+    "three": (THREE_TREE, THREE),
+    "no_margin": (THREE_TREE, tuple((*expert[:3], 0.0) for expert in THREE)),
+    "halves": (((1, 0), (1, 1)), tuple((name, 16, 8, 1 / 8) for name in ("low", "high"))),
+    "quarters": (
+        ((2, 0), (2, 1), (2, 2), (2, 3)),
+        tuple((name, 8, 8, 1 / 4) for name in ("low", "middle", "upper", "high")),
+    ),
+}
+ENSEMBLES["parallel"] = ENSEMBLES["smoke"] = ENSEMBLES["three"]
 
 
 def get_config(variant="tiny"):
@@ -82,9 +99,8 @@ def get_config(variant="tiny"):
     common.check(variant, VARIANTS)
     if variant == "paper":
         return paper()
-    three = variant in ("three", "parallel", "smoke")
-    config = ensemble(THREE_TREE, THREE) if three else ensemble(TINY_TREE, TINY)
-    if variant in ("shared", "shipped", "updates", "mixed"):
+    config = ensemble(*ENSEMBLES.get(variant, ENSEMBLES["tiny"]))
+    if variant in ("shared", "shipped", "deeper", "updates", "mixed"):
         longer(config, variant)
     if variant in ("cascade", "shipped", "smoke"):
         config.sr32 = super_resolution(16, 32)
@@ -145,7 +161,7 @@ def joined(num_heldout=512):
 
 
 def ensemble(tree, experts):
-    """A shared model and its experts, as `TINY` has them."""
+    """A shared model and its experts, as `ENSEMBLES` has them."""
     config = ConfigDict()
     config.cpu_devices = 2  # it divides every batch
     config.stages = ("shared",)
@@ -245,6 +261,9 @@ def longer(config, variant):
     if variant == "mixed":
         config.longer.tree = THREE_TREE
         config.longer.mix = tuple(pictures for _, pictures, _, _ in THREE)
+    if variant == "deeper":
+        for name in config.stages:
+            config[name].unet.layers_per_block = (2, 4)
     drop_experts(config)
 
 

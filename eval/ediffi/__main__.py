@@ -13,6 +13,7 @@ Writes OUT/<study>.json and OUT/<study>.png, and OUT/report.md of all that are t
 was made with the same settings is not made again.
 """
 
+import math
 from pathlib import Path
 
 from absl import flags, logging
@@ -30,6 +31,7 @@ OF_A_CASCADE = {
     "style": style.study,
     "encoders": encoders.study,
 }
+GUIDED = {"painting", "experts"}  # can be drawn with other guidance
 TITLES = {
     "experts": "(a) Experts against one shared model",
     "attention": "(b) Attention to text, and a prompt switched on the way",
@@ -55,6 +57,9 @@ TRAIN = flags.DEFINE_integer(
 )
 ARMS = flags.DEFINE_list("arms", list(experts.ARMS), "Which arms.")
 CLIP = flags.DEFINE_string("clip_path", None, "CLIP of the arms; default: the shipped one.")
+GUIDANCE = flags.DEFINE_list(
+    "guidance", [], "Guidance scales to draw with, for painting and experts; default: its own."
+)
 REDO = flags.DEFINE_bool("redo", False, "Make a study again.")
 
 
@@ -62,6 +67,8 @@ def settings(name):
     """What decides the figures of a study, JSON-able."""
     who = identity(CASCADE.value) if CASCADE.value else None
     found = {"cascade": who, "number": NUMBER.value}
+    if GUIDANCE.value:
+        found["guidance"] = scales()
     if name != "experts":
         return found | {"seed": SEED.value}
     made = [experts.config_of(arm, 0, CLIP.value, TRAIN.value) for arm in ARMS.value]
@@ -89,11 +96,24 @@ def opened(name):
 
 def function(name):
     """`() -> (figures, shown)` of a study."""
+    more = (scales(),) if name in GUIDED else ()
     if name != "experts":
-        return lambda: OF_A_CASCADE[name](opened(name), NUMBER.value, SEED.value)
-    seeds = study.check_seeds(SEEDS.value)
-    runs, more = (RUNS.value, ARMS.value, seeds), (CLIP.value, TRAIN.value)
-    return lambda: experts.study(*runs, opened(name), NUMBER.value, *more)
+        return lambda: OF_A_CASCADE[name](opened(name), NUMBER.value, SEED.value, *more)
+    runs = (RUNS.value, ARMS.value, study.check_seeds(SEEDS.value))
+    return lambda: experts.study(*runs, opened(name), NUMBER.value, *more, CLIP.value, TRAIN.value)
+
+
+def scales():
+    """The numbers of --guidance."""
+    try:
+        found = [float(text) for text in GUIDANCE.value]
+    except ValueError:
+        found = [math.nan]
+    if not all(0 <= scale < math.inf for scale in found):
+        raise errors.ConfigError(
+            f"{','.join(GUIDANCE.value)} are no scales", "--guidance", "--guidance=1,3,5"
+        )
+    return found
 
 
 def check():
@@ -104,6 +124,10 @@ def check():
     if not CASCADE.value and STUDY.value != ["experts"]:
         raise errors.ConfigError("no pipeline to study", "--cascade", "--cascade=RUN/export")
     check_directory(OUT.value, "--out")
+    if scales() and not set(STUDY.value) <= GUIDED:
+        raise errors.ConfigError(
+            "not all of these studies can be drawn with it", "--guidance", "--study=painting"
+        )
     if "experts" in STUDY.value:
         check_directory(RUNS.value, "--runs")
 

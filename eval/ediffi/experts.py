@@ -4,7 +4,11 @@ Every arm starts from the same shared model of its seed and sees as many picture
 
   two        two experts, each on its own noise levels (`configs/ediffi.py:tiny`)
   three      three experts (`:three`)
+  no_margin  the same, each trained on its own levels alone (`:no_margin`)
+  halves     two on half of the levels each, uniform intervals (`:halves`)
+  quarters   four on a quarter each (`:quarters`)
   shared     one model on all levels (`:shared`)
+  deeper     one of twice as many blocks, from a shared model of its own (`:deeper`)
   mixed      one model on the levels that the three experts' shares amount to (`:mixed`)
   updates    one model in smaller batches, so that it is updated more often (`:updates`)
 
@@ -29,14 +33,19 @@ from eval import study as study_page
 from eval.metrics import features, kid, scene_accuracy
 from train import loop
 
-ARMS = {
-    "two": "tiny",
-    "three": "three",
-    "shared": "shared",
-    "mixed": "mixed",
-    "updates": "updates",
-}
+SAME_NAME = (
+    "three",
+    "no_margin",
+    "halves",
+    "quarters",
+    "shared",
+    "deeper",
+    "mixed",
+    "updates",
+)
+ARMS = {"two": "tiny"} | {name: name for name in SAME_NAME}
 BASELINE = "shared"
+WANTED = ("objects", "style", "background", "relation", "all_correct")
 SEED_STEP = 100  # between the seeds of two runs; the stages of one use the numbers between
 
 
@@ -58,21 +67,23 @@ def config_of(arm, seed, clip_path=None, steps=None):
 
 
 def train(runs, arms, seeds, clip_path=None, steps=None):
-    """Trains what is missing; a directory ARM_SEED each. The arms of a seed share their parent."""
+    """Trains what is missing; a directory ARM_SEED each. Arms of a seed share a parent."""
     for seed in seeds:
         for arm in arms:
+            share_parent(runs, arm, seed)
             root = Path(runs) / f"{arm}_{seed}"
-            share_parent(runs, root, seed)
             loop.main(config_of(arm, seed, clip_path, steps), root, resume=True)
 
 
-def share_parent(runs, root, seed):
-    """Copies the finished shared stage of another arm of the seed to `root`."""
+def share_parent(runs, arm, seed):
+    """Copies the finished shared stage of another arm of the seed, if this one's is the same."""
+    root = Path(runs) / f"{arm}_{seed}"
     if (root / "shared").exists():
         return
-    for arm in ARMS:
-        found = Path(runs) / f"{arm}_{seed}" / "shared"
-        if (found / "export").is_dir():
+    own = config_of(arm, seed).shared
+    for other in ARMS:
+        found = Path(runs) / f"{other}_{seed}" / "shared"
+        if (found / "export").is_dir() and config_of(other, seed).shared == own:
             part = root / "shared.tmp"
             shutil.rmtree(part, ignore_errors=True)
             shutil.copytree(found, part)
@@ -119,8 +130,11 @@ def spread(arm, ratios):
     return {arm: float(np.mean(ratios)), f"{arm}, each seed": ", ".join(f"{r:.3f}" for r in ratios)}
 
 
-def pictures(runs, arms, seeds, cascade, number):
-    """Rows: scene accuracy and KID of every arm's base with the larger stages of `cascade`."""
+def pictures(runs, arms, seeds, cascade, number, guidance=()):
+    """Rows: scene accuracy and KID of every arm's base with the larger stages of `cascade`.
+
+    `guidance`: scales of the base to draw all of it with; none: its own.
+    """
     world, read = emoji_scenes.world(), scene_accuracy.load_checker()
     asked = plan.prompts(world, "test", number)
     real, extract = plan.prompts(world, "test", 2 * number, seed=1).images, features.extractor()
@@ -131,12 +145,13 @@ def pictures(runs, arms, seeds, cascade, number):
             own = cnxs_jax.load_pipeline(Path(runs) / f"{arm}_{seed}" / "export")
             check_encoders(own, cascade)
             pipe = dataclasses.replace(own, stages=(own.stages[0], *cascade.stages[1:]))
-            images = ask.draw(pipe, asked.captions)
-            figures, _ = scene_accuracy.score(read, images, asked.facts)
-            wanted = ("objects", "style", "background", "relation", "all_correct")
-            rows.append({"arm": arm, "seed": seed}
-                        | {k: figures[k] for k in wanted if k in figures}
-                        | {"KID": kid.kid(extract(images), real).as_dict()})  # fmt: skip
+            for scale in guidance or (None,):
+                images = ask.draw(pipe, asked.captions, guidance_scale=scale)
+                figures, _ = scene_accuracy.score(read, images, asked.facts)
+                rows.append({"arm": arm, "seed": seed}
+                            | ({"guidance": scale} if guidance else {})
+                            | {k: figures[k] for k in WANTED if k in figures}
+                            | {"KID": kid.kid(extract(images), real).as_dict()})  # fmt: skip
     return rows
 
 
@@ -151,7 +166,7 @@ def check_encoders(own, cascade):
         )
 
 
-def study(runs, arms, seeds, cascade, number, clip_path=None, steps=None):
+def study(runs, arms, seeds, cascade, number, guidance=(), clip_path=None, steps=None):
     """Trains, compares and draws."""
     if BASELINE not in arms:
         raise ConfigError(f"nothing to compare with: {arms}", "--arms", f"add {BASELINE}")
@@ -159,7 +174,7 @@ def study(runs, arms, seeds, cascade, number, clip_path=None, steps=None):
         measures.check_weights(("kid",), {}, "efflite0")  # before hours of training
     train(runs, arms, seeds, clip_path, steps)
     rows = compare(runs, arms, seeds)
-    drawn = pictures(runs, arms, seeds, cascade, number) if cascade is not None else []
+    drawn = pictures(runs, arms, seeds, cascade, number, guidance) if cascade is not None else []
     return {"rows": rows, "drawn": drawn}, ratios(rows)
 
 

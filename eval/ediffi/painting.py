@@ -4,6 +4,8 @@ Two things, one painted over the left half and one over the right, in random ord
 no relation. `present`: both are found. `placed`: both, each with its centre in its half.
 """
 
+import itertools
+
 import numpy as np
 
 from cnxs_jax.control.paint import RECOMMENDED_WEIGHT
@@ -11,7 +13,7 @@ from cnxs_jax.data.scenes import with_article
 from eval import ask
 
 SWAPPED = f"{RECOMMENDED_WEIGHT}, masks swapped"
-WEIGHTS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)
+WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.8)
 
 
 def questions(number, seed, size):
@@ -36,22 +38,23 @@ def verdict(detections, things, size):
     return present, bool(present and left.x < size / 2 < right.x)
 
 
-def study(pipe, number, seed, weights=WEIGHTS):
+def study(pipe, number, seed, guidance=(), weights=WEIGHTS):
     """Rows of figures over the weight w', the last with the masks swapped; the first pictures.
 
-    With swapped masks `placed` asks for the swapped places.
+    With swapped masks `placed` asks for the swapped places. `guidance`: scales to draw all of it
+    with; none: the pipeline's own.
     """
     size = pipe.sizes(None, None)[0][0]
     asked = questions(number, seed, size)
     rows, shown = [], {}
-    for weight in (*weights, SWAPPED):
-        line, images = painted(pipe, asked, weight, seed, size)
-        rows.append({"weight": weight} | line)
-        shown[str(weight)] = images[:8]
+    for scale, weight in itertools.product(guidance or (None,), (*weights, SWAPPED)):
+        line, images = painted(pipe, asked, weight, seed, size, scale)
+        rows.append({"weight": weight} | ({"guidance": scale} if guidance else {}) | line)
+        shown[f"{weight}, guidance {scale}" if guidance else str(weight)] = images[:8]
     return {"rows": rows}, {"prompts": [a["prompt"] for a in asked[:8]], "images": shown}
 
 
-def painted(pipe, asked, weight, seed, size):
+def painted(pipe, asked, weight, seed, size, guidance_scale=None):
     """(figures, pictures) of one weight, or of the recommended one with the masks swapped."""
     swapped = weight == SWAPPED
     factor = 1.0 if swapped else weight / RECOMMENDED_WEIGHT
@@ -59,7 +62,9 @@ def painted(pipe, asked, weight, seed, size):
     for one in asked:
         order = list(one["masks"].values())[:: -1 if swapped else 1]
         masks.append({w: (m, factor) for w, m in zip(one["masks"], order, strict=True)})
-    images = ask.draw(pipe, [a["prompt"] for a in asked], seed, word_masks=masks)
+    prompts = [a["prompt"] for a in asked]
+    options = {"word_masks": masks, "guidance_scale": guidance_scale}
+    images = ask.draw(pipe, prompts, seed, **options)
     things = [a["things"][:: -1 if swapped else 1] for a in asked]
     found = zip(ask.seen(images), things, strict=True)
     verdicts = [verdict(detections, pair, size) for detections, pair in found]

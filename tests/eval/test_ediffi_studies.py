@@ -191,10 +191,11 @@ def test_arms_are_compared_seed_by_seed(tmp_path):
 
 def test_arms_of_a_seed_share_their_parent(tmp_path):
     (tmp_path / "shared_0" / "shared" / "export").mkdir(parents=True)
-    experts.share_parent(tmp_path, tmp_path / "two_0", 0)
+    experts.share_parent(tmp_path, "two", 0)
     assert (tmp_path / "two_0" / "shared" / "export").is_dir()
-    experts.share_parent(tmp_path, tmp_path / "two_1", 1)
-    assert not (tmp_path / "two_1").exists()
+    experts.share_parent(tmp_path, "two", 1)
+    experts.share_parent(tmp_path, "deeper", 0)
+    assert {path.name for path in tmp_path.iterdir()} == {"shared_0", "two_0"}
     first, second = (experts.config_of("three", seed).to_dict() for seed in (0, 1))
     assert first["shared"] == experts.config_of("updates", 0).to_dict()["shared"]
     seeds = [[run[name]["seed"] for name in run["stages"]] for run in (first, second)]
@@ -214,16 +215,22 @@ def test_arms_with_other_encoders_than_the_cascade_are_refused(pipe):  # noqa: F
 def test_swapped_masks_are_asked_for_the_swapped_places(monkeypatch):
     """What is drawn follows the masks here, so that both rows are placed right."""
 
-    def follow(cascade, prompts, seed, word_masks):
+    def follow(cascade, prompts, seed, word_masks, guidance_scale):
         pictures = []
+        asked_for.append(guidance_scale)
         for n, masks in enumerate(word_masks):
             left = next(w for w, (mask, _) in masks.items() if mask[0, 0])
             things = [left, next(w for w in masks if w != left)]
             pictures.append(scene(n, concepts=things, relation="left of")["image"])
         return np.stack(pictures)
 
+    asked_for = []
     monkeypatch.setattr(ask, "draw", follow)
     asked = painting.questions(8, 0, 64)
     for weight in (0.2, painting.SWAPPED):
         line, _ = painting.painted(None, asked, weight, 0, 64)
         assert line["placed"]["value"] >= 0.75, weight
+    size = {"sizes": lambda *_: ((64, 64), None)}
+    figures, _ = painting.study(SimpleNamespace(**size), 8, 0, (2.0, 5.0), (0.2,))
+    assert asked_for == [None, None, 2.0, 2.0, 5.0, 5.0]
+    assert [row["guidance"] for row in figures["rows"]] == asked_for[2:]

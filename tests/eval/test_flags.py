@@ -89,6 +89,9 @@ def test_ediffi(tmp_path):
         ("--seed=4294967296", "--seed=4294967296"),
         ("--seeds=\u00b2", "different whole numbers"),
         ("--arms=shard", 'Did you mean "shared"'),
+        ("--guidance=3,-1", "3,-1 are no scales"),
+        ("--guidance=high", "high are no scales"),
+        ("--study=painting,style --cascade=x --guidance=3", "not all of these studies"),
         (f"--out={tmp_path / 'file'}", "is no directory [--out]"),
         (f"--runs={tmp_path / 'file'}", "is no directory [--runs]"),
     ])  # fmt: skip

@@ -18,6 +18,7 @@ from cnxs_jax.diffusion.expert_tree import LogNormal, Mixture, cover
 from cnxs_jax.errors import ConfigError
 from cnxs_jax.models.pixel_unet import PixelUNet
 from cnxs_jax.pipelines.base import Component
+from eval.ediffi import experts
 from tests.train.test_recipes import train
 from train import ediffi_finish, loop, parts, tasks_ediffi, validate
 
@@ -137,7 +138,7 @@ def test_a_mixture_draws_its_intervals_at_their_shares():
 
 def test_experts_and_one_model_in_small_batches_are_updated_alike():
     one = configs.ediffi.get_config("updates").longer
-    for variant in ("tiny", "three"):
+    for variant in ("tiny", "three", "no_margin", "halves", "quarters"):
         config = configs.ediffi.get_config(variant)
         steps = sum(config[n].steps for n in config.stages[1:])
         assert steps == pytest.approx(one.steps, rel=0.1)
@@ -145,15 +146,15 @@ def test_experts_and_one_model_in_small_batches_are_updated_alike():
 
 def test_controls_and_experts_side_by_side_are_one_key_away(tmp_path):
     """`mix` is one model; a tree without `expert` is as many experts as it has."""
-    for name, experts in (("mixed", None), ("parallel", 3), ("updates", None)):
+    for name, count in (("mixed", None), ("parallel", 3), ("updates", None)):
         config = configs.ediffi.get_config(name)
         stage = config[config.stages[-1]]
         stage.clip_path = None
         task = loop.build_task(loop.expand(stage, tmp_path))
-        assert task.experts == experts
-        assert task.frozen["interval"].shape == ((3, 2) if experts else (2,))
+        assert task.experts == count
+        assert task.frozen["interval"].shape == ((3, 2) if count else (2,))
         assert task.parent == str(tmp_path / "shared")
-        assert (task.sample is None) == (experts is not None)
+        assert (task.sample is None) == (count is not None)
 
 
 def test_arms_see_as_many_samples():
@@ -161,8 +162,7 @@ def test_arms_see_as_many_samples():
         config = configs.ediffi.get_config(variant)
         return sum(config[n].steps * config[n].batch_size for n in config.stages)
 
-    everyone = {samples(v) for v in ("tiny", "three", "shared", "updates", "mixed")}
-    assert everyone == {64_000}
+    assert {samples(variant) for variant in experts.ARMS.values()} == {64_000}
 
 
 def test_the_published_sizes_can_be_built():
