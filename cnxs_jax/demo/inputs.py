@@ -19,7 +19,7 @@ from cnxs_jax.pipelines.request import MAX_PROMPT
 
 MAX_STEPS = 50
 MAX_GUIDANCE = 20.0
-STRENGTH, MAX_STRENGTH = 2.0, 20.0  # of painted words, times the paper's weight
+STRENGTH, MAX_STRENGTH = 1.3, 20.0  # of painted words, times the recommended weight
 MAX_CONTROL_SCALE = 2.0
 MAX_STYLE_SCALE = 20.0
 MAX_BYTES = 4 * 2**20  # of a picture's file

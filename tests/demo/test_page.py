@@ -44,7 +44,7 @@ CHROMIUM = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", 
 
 
 def fields(prompt="a frog", negative="", size="64 x 64", steps=1, guidance=0, seed=0,
-           painted=None, strength=2):  # fmt: skip
+           painted=None, strength=1.3):  # fmt: skip
     return [prompt, negative, size, steps, guidance, seed, painted, strength]
 
 
