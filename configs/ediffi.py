@@ -13,8 +13,8 @@ tree over the noise distribution; super-resolution stages follow.
   :halves   :tiny with uniform intervals: two experts of half of the levels each
   :quarters the same with four of a quarter each
   :shared   :tiny without experts: one model on as many samples, to compare with
+  :deeper   :shared with twice as many blocks a level, at their cost of sampling
   :updates  :shared in the experts' smaller batches, for about as many updates as all of them make
-  :deeper   :shared with twice as many blocks, at their cost of sampling
   :mixed    :shared on the noise levels that the three experts' unequal shares amount to
   :parallel :three with its experts side by side, in equal shares, one a group of devices
             (--config.experts.mesh.expert=3) or in turn on one

@@ -95,6 +95,24 @@ def test_batch_rows_lie_on_data_and_fsdp(mesh):
     assert rows == {(0.0, 1.0), (2.0, 3.0), (4.0, 5.0), (6.0, 7.0)}
 
 
+def test_rows_are_counted_in_the_parts_that_devices_hold():
+    """Outside of a mesh and on axes that a `shard_map` has taken, there are none to count."""
+    found = []
+
+    def count(x):
+        found.append([sharding.row_parts(rows) for rows in (8, 6, 1)])
+        return x
+
+    assert sharding.row_parts(8) == 1
+    mesh = sharding.make_mesh({"expert": 2, "data": 2, "fsdp": 2})
+    with jax.set_mesh(mesh):
+        jax.eval_shape(jax.jit(count), jnp.zeros(8))
+        for names in ({"data"}, {"expert"}, set(mesh.axis_names)):
+            taken = jax.shard_map(count, in_specs=P(), out_specs=P(), axis_names=names)
+            jax.eval_shape(jax.jit(taken), jnp.zeros(8))
+    assert found == [[4, 1, 1], [2, 2, 1], [4, 1, 1], [1, 1, 1]]
+
+
 def test_only_what_is_split_is_gathered(mesh, monkeypatch):
     split = jax.device_put(np.arange(8.0), sharding.batch_sharding(mesh))
     tree = {"split": split, "same": jax.device_put(np.arange(3.0), sharding.replicated(mesh))}

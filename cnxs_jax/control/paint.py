@@ -13,7 +13,7 @@ import numpy as np
 from cnxs_jax.errors import ConfigError
 
 WHERE = "word_masks"
-RECOMMENDED_WEIGHT = 0.3  # less places less, more breaks things (docs/results/ediff_i.md)
+RECOMMENDED_WEIGHT = 0.3  # 0.4 breaks things, 0.1 places few (docs/results/ediff_i.md)
 OCCURRENCE = re.compile(r"^(.*)#(\d+)$", re.DOTALL)
 
 

@@ -55,7 +55,9 @@ SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Training seeds of the arms.
 TRAIN = flags.DEFINE_integer(
     "steps", None, "Training steps of each stage, if not the recipe's.", lower_bound=1
 )
-ARMS = flags.DEFINE_list("arms", list(experts.ARMS), "Which arms.")
+ARMS = flags.DEFINE_list(
+    "arms", ["two", "three", "shared"], f"Which of {', '.join(experts.ARMS)}; with the shared one."
+)
 CLIP = flags.DEFINE_string("clip_path", None, "CLIP of the arms; default: the shipped one.")
 GUIDANCE = flags.DEFINE_list(
     "guidance", [], "Guidance scales to draw with, for painting and experts; default: its own."
@@ -69,6 +71,8 @@ def settings(name):
     found = {"cascade": who, "number": NUMBER.value}
     if GUIDANCE.value:
         found["guidance"] = scales()
+    if name == "painting":
+        found["weights"] = [*painting.WEIGHTS, painting.SWAPPED]
     if name != "experts":
         return found | {"seed": SEED.value}
     made = [experts.config_of(arm, 0, CLIP.value, TRAIN.value) for arm in ARMS.value]
@@ -109,9 +113,9 @@ def scales():
         found = [float(text) for text in GUIDANCE.value]
     except ValueError:
         found = [math.nan]
-    if not all(0 <= scale < math.inf for scale in found):
+    if not all(0 <= scale < math.inf for scale in found) or len(set(found)) < len(found):
         raise errors.ConfigError(
-            f"{','.join(GUIDANCE.value)} are no scales", "--guidance", "--guidance=1,3,5"
+            f"{','.join(GUIDANCE.value)} are no different scales", "--guidance", "--guidance=1,3,5"
         )
     return found
 
@@ -124,6 +128,8 @@ def check():
     if not CASCADE.value and STUDY.value != ["experts"]:
         raise errors.ConfigError("no pipeline to study", "--cascade", "--cascade=RUN/export")
     check_directory(OUT.value, "--out")
+    if scales() and not CASCADE.value:
+        raise errors.ConfigError("nothing is drawn", "--guidance", "--cascade=RUN/export")
     if scales() and not set(STUDY.value) <= GUIDED:
         raise errors.ConfigError(
             "not all of these studies can be drawn with it", "--guidance", "--study=painting"

@@ -1,6 +1,7 @@
 """(a) Experts against one shared model, at equal training samples and equal cost of sampling.
 
-Every arm starts from the same shared model of its seed and sees as many pictures after it:
+Every arm starts from the same shared model of its seed (but `deeper`, which also costs more to
+sample) and sees as many pictures after it:
 
   two        two experts, each on its own noise levels (`configs/ediffi.py:tiny`)
   three      three experts (`:three`)
@@ -8,7 +9,7 @@ Every arm starts from the same shared model of its seed and sees as many picture
   halves     two on half of the levels each, uniform intervals (`:halves`)
   quarters   four on a quarter each (`:quarters`)
   shared     one model on all levels (`:shared`)
-  deeper     one of twice as many blocks, from a shared model of its own (`:deeper`)
+  deeper     one of twice as many blocks a level, from a shared model of its own (`:deeper`)
   mixed      one model on the levels that the three experts' shares amount to (`:mixed`)
   updates    one model in smaller batches, so that it is updated more often (`:updates`)
 

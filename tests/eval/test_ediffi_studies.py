@@ -217,20 +217,29 @@ def test_swapped_masks_are_asked_for_the_swapped_places(monkeypatch):
 
     def follow(cascade, prompts, seed, word_masks, guidance_scale):
         pictures = []
-        asked_for.append(guidance_scale)
         for n, masks in enumerate(word_masks):
             left = next(w for w, (mask, _) in masks.items() if mask[0, 0])
             things = [left, next(w for w in masks if w != left)]
             pictures.append(scene(n, concepts=things, relation="left of")["image"])
         return np.stack(pictures)
 
-    asked_for = []
     monkeypatch.setattr(ask, "draw", follow)
     asked = painting.questions(8, 0, 64)
     for weight in (0.2, painting.SWAPPED):
         line, _ = painting.painted(None, asked, weight, 0, 64)
         assert line["placed"]["value"] >= 0.75, weight
-    size = {"sizes": lambda *_: ((64, 64), None)}
-    figures, _ = painting.study(SimpleNamespace(**size), 8, 0, (2.0, 5.0), (0.2,))
-    assert asked_for == [None, None, 2.0, 2.0, 5.0, 5.0]
-    assert [row["guidance"] for row in figures["rows"]] == asked_for[2:]
+
+
+def test_each_scale_of_guidance_has_its_rows(monkeypatch):
+    asked_for = []
+
+    def plain(cascade, prompts, seed, word_masks, guidance_scale):
+        asked_for.append(guidance_scale)
+        return np.zeros((len(prompts), 64, 64, 3), np.uint8)
+
+    monkeypatch.setattr(ask, "draw", plain)
+    sizes = SimpleNamespace(sizes=lambda *_: ((64, 64), None))
+    figures, shown = painting.study(sizes, 8, 0, (2.0, 5.0), (0.2,))
+    assert asked_for == [2.0, 2.0, 5.0, 5.0]
+    assert [row["guidance"] for row in figures["rows"]] == asked_for
+    assert len(shown["images"]) == 4

@@ -157,6 +157,16 @@ def test_controls_and_experts_side_by_side_are_one_key_away(tmp_path):
         assert (task.sample is None) == (count is not None)
 
 
+@pytest.mark.parametrize("variant", ["tiny", "three", "halves", "quarters"])
+def test_margins_are_a_sixteenth_of_all_levels(variant):
+    config = configs.ediffi.get_config(variant)
+    branches = [config[name] for name in config.stages[1:]]
+    intervals = cover(branches[0].tree)
+    assert [b.expert for b in branches] == list(range(len(intervals)))
+    for one in branches:
+        assert one.margin * intervals[one.expert].mass == pytest.approx(1 / 16)
+
+
 def test_arms_see_as_many_samples():
     def samples(variant):
         config = configs.ediffi.get_config(variant)
