@@ -156,7 +156,7 @@ def test_a_painted_phrase_lands_where_it_was_painted(server, browser):
         page.evaluate("scrollTo(0, 0)")
         show(page, "demo_page")
     picture, parameters = pixels(source)
-    assert parameters["painted"] == {"frog": 2.0, "crab": 2.0}
+    assert parameters["painted"] == {"frog": 1.3, "crab": 1.3}
     swapped = [(RED, (32, 0, 64, 64)), ("#4363d8", (0, 0, 32, 64))]
     other = painting(FROG_AND_CRAB, size=(64, 64), boxes=swapped)
     answer = server.ask(fields(PROMPT, steps=20, guidance=4.5, painted=other))
