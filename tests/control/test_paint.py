@@ -131,7 +131,7 @@ def test_batches_may_mix_painted_and_plain_prompts(tokenizer):
     (dog,) = paint.phrase_tokens(tokenizer, PROMPT, "dog")
     assert cond["word_mask"][0].sum() == 16 * len(dog)
     assert not cond["word_mask"][1].any()
-    np.testing.assert_allclose(cond["word_weight"], paint.RECOMMENDED_WEIGHT)
+    np.testing.assert_allclose(cond["word_weight"], 0.3)
     np.testing.assert_array_equal(null["word_weight"], [0, 0])
 
 

@@ -237,7 +237,7 @@ BAD_TORCH = {
     "deep_key": attack(item(deep())),
     "deep_key_by_memo": attack(item(deep_by_memo())),
     "deep_key_by_calls": attack(item(deep_by_calls())),
-    "deep_value": attack(b"]" * 500_000 + b"a" * 499_999),
+    "deep_value": attack(b"]" * 10**6 + b"a" * (10**6 - 1)),
     "wide_key": attack(item(wide())),
     "wide_key_of_ordered_dict": attack(
         call(name("collections", "OrderedDict"), b"](](" + wide() + b"K\1ee")
