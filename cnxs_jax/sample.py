@@ -50,6 +50,9 @@ def parse(argv=None):
     add("--image", help="its control picture, such as white lines on black")
     add("--hint", choices=HINTS, help="show it the edges or the depth of --image instead")
     add("--hint_path", help="weights of hed, if not the installed ones, or midas")
+    add("--style_image", help="reference picture whose style is taken; a PixArt needs --style")
+    add("--style", help="what reads it: the export of a run of configs/pixart_style.py")
+    add("--style_scale", type=float, help="its own guidance weight (default: the text's)")
     add("--lora", action="append", metavar="PATH[:FACTOR]", help="adapter to merge; again for more")
     add("--experts", help="JSON file of denoisers for the lower noise, such as SDXL's refiner")
     add("--scheduler", help="ddim, ddpm, euler, dpmpp, deis or lcm (default: the model's)")
@@ -93,9 +96,14 @@ def _check(args):
     if (args.control is None) != (args.image is None):
         what = "a controller and its picture go together"
         raise ConfigError(what, "--control, --image", "give both or neither")
-    if args.image is not None and not pathlib.Path(args.image).is_file():
-        what = "a folder" if pathlib.Path(args.image).is_dir() else "no such file"
-        raise ConfigError(what, args.image, "--image: give one picture")
+    for name in ("image", "style_image"):
+        path = getattr(args, name)
+        if path is not None and not pathlib.Path(path).is_file():
+            what = "a folder" if pathlib.Path(path).is_dir() else "no such file"
+            raise ConfigError(what, path, f"--{name}: give one picture")
+    for name in ("style", "style_scale"):
+        if args.style_image is None and getattr(args, name) is not None:
+            raise ConfigError("there is no reference picture", f"--{name}", "give --style_image")
     if args.hint and args.image is None:
         raise ConfigError("there is no picture to find edges in", "--hint", "give --image")
     if args.hint_path is not None and args.hint not in ("hed", "midas"):
@@ -144,6 +152,7 @@ def draw(args):
         offload=args.offload,
         quantize=args.quantize,
         vae_tiling=args.vae_tiling,
+        style=args.style,
     )
     for tokenizer, _ in pipe.contexts()[:1]:
         if unknown := spelled_out(tokenizer, args.prompt):
@@ -153,6 +162,8 @@ def draw(args):
         args.prompt,
         image=None if args.image is None else control_picture(args, height, width),
         negative_prompt=args.negative_prompt,
+        style_image=None if args.style_image is None else upright(args.style_image),
+        style_scale=args.style_scale,
         num_inference_steps=args.steps,
         guidance_scale=args.guidance,
         height=height,
@@ -182,6 +193,14 @@ def control_picture(args, height, width):
     if args.hint is None:
         return pixels
     return hints.picture({"image": pixels}, args.hint, path=args.hint_path)
+
+
+def upright(path):
+    """The picture of a file as it is seen, PIL."""
+    from cnxs_jax.data import image_folder
+
+    with image_folder.opened(path) as picture:
+        return image_folder.turned(picture)
 
 
 def _paths(out, count):

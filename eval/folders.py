@@ -46,10 +46,7 @@ def read(paths, size=None):
 
 def captions_of(paths, root):
     """One caption a picture (`image_folder`'s layout), or None where one has none."""
-    written = {}
-    for file in sorted(Path(root).expanduser().rglob(image_folder.METADATA)):
-        written |= image_folder.read_metadata(file)
-    found = [written.get(p) or image_folder.text_beside(p) for p in paths]
+    found = [e.caption for e in image_folder.described(paths, Path(root).expanduser())]
     return found if all(found) else None
 
 

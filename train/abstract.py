@@ -14,7 +14,7 @@ from cnxs_jax import tree as trees
 from cnxs_jax.convert import families, quantize
 from cnxs_jax.diffusion import solvers
 from cnxs_jax.errors import ConfigError
-from cnxs_jax.pipelines import base, control
+from cnxs_jax.pipelines import control, programs
 from eval import flops
 from train import inputs, networks, optimizer
 from train.parts import scheduler_config
@@ -162,7 +162,7 @@ def sampling_stages(config, steps=4, guidance=0.0, quantized=None, tile=None, ba
         loop = denoise_stage(config, found, steps, guidance, latents, batch)
         vae, weights = found["vae"]
         side = config.data.size
-        run = traced(base.decode, vae, size=(side, side), tile=tile)
+        run = traced(programs.decode, vae, size=(side, side), tile=tile)
         lowered = run.lower(weights, struct(batch, *latents))
         tiled = "" if tile is None else f", tiles of {tile}"
         name, number = f"autoencoder{tiled}", trees.size(weights)
@@ -192,7 +192,7 @@ def text_stage(config, found, quantized, batch):
             {k: v if own else struct(*v.shape, dtype=module.dtype) for k, (own, v) in whole.items()}
         )
     ids = struct(batch, inputs.max_length(config), dtype=jnp.int32)
-    lowered = traced(base.encode_text, module).lower(weights, ids, ids)
+    lowered = traced(programs.encode_text, module).lower(weights, ids, ids)
     name = "text encoder" + (f", {quantized}" if quantized else f", {module.dtype.name}")
     return Stage(name, lowered, trees.size(found["text_encoder"][1]), nbytes(weights))
 
@@ -212,7 +212,7 @@ def denoise_stage(config, found, steps, guidance, latents, batch):
     table = solvers.from_config(scheduler_config(config, "LCMScheduler"), steps)
     table = jax.tree.map(lambda c: jnp.asarray(c, jnp.float32), table)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
-    run = traced(base.denoise, module)
+    run = traced(programs.denoise, module)
     lowered = run.lower(weights, struct(batch, *latents), cond, table, keys)
     return Stage(f"{steps} steps", lowered, trees.size(weights), nbytes(weights))
 

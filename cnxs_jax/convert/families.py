@@ -157,6 +157,10 @@ def pixel_unet_example(module):
     return jnp.zeros((1, side, side, module.in_channels)), jnp.zeros((1,)), low
 
 
+def style_words_example(module):
+    return (jnp.zeros((1, module.projection_dim)),)
+
+
 FAMILIES = (
     Family(
         ("PixArtTransformer2DModel", "Transformer2DModel"),
@@ -261,6 +265,14 @@ FAMILIES = (
         "cnxs_jax.models.pixel_unet:PixelUNet",
         Table(),
         pixel_unet_example,
+        supported={},
+        extras=lambda module: {},
+    ),
+    Family(
+        ("StyleWords",),  # this library's own, too
+        "cnxs_jax.models.style_words:StyleWords",
+        Table(),
+        style_words_example,
         supported={},
         extras=lambda module: {},
     ),

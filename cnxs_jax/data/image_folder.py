@@ -3,9 +3,10 @@
     photos/cat.jpg  photos/cat.txt                      one caption a picture, the first line counts
     photos/metadata.jsonl                               {"file_name": "cat.jpg", "text": "a cat"}
 
-The second is the convention of Hugging Face's `imagefolder`. Pictures are turned as their EXIF tag
-says, laid on white where they are transparent, scaled to cover the wanted size, and cut at the
-centre.
+The second is the convention of Hugging Face's `imagefolder`; a line may also have a "style", the
+words that name the picture's (`configs/pixart_style.py` reads it). Pictures are turned as their
+EXIF tag says, laid on white where they are transparent, scaled to cover the wanted size, and cut at
+the centre.
 """
 
 import dataclasses
@@ -26,14 +27,20 @@ SHOWN = 3  # names in an error
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One picture: its file and its caption."""
+    """One picture: its file, its caption and, where it has one, its style's words."""
 
     path: pathlib.Path
     caption: str
+    style: str | None = None
+
+    def __str__(self):
+        return f"{self.caption}\t{self.style}" if self.style else self.caption
 
 
 class ImageFolder:
     """An indexable source: `source[i] -> {"image" uint8 [H,W,3], "caption", "original_size"}`.
+
+    With `style` where `metadata.jsonl` has it.
 
     Args:
         root: the folder; pictures in folders below it are found too.
@@ -48,7 +55,7 @@ class ImageFolder:
         self.root = pathlib.Path(root).expanduser()
         self.entries = find(self.root)
         self.size = size
-        listing = "\n".join(f"{e.path.relative_to(self.root)}\t{e.caption}" for e in self.entries)
+        listing = "\n".join(f"{e.path.relative_to(self.root)}\t{e}" for e in self.entries)
         self.fingerprint = hashlib.sha256(listing.encode()).hexdigest()[:16]
 
     def __len__(self):
@@ -66,11 +73,9 @@ class ImageFolder:
         with opened(entry.path) as picture:
             upright = turned(picture)
             image = covered(upright, height, width)
-        return {
-            "image": image,
-            "caption": entry.caption,
-            "original_size": np.array([upright.height, upright.width], np.int32),
-        }
+        size = np.array([upright.height, upright.width], np.int32)
+        found = {"image": image, "caption": entry.caption, "original_size": size}
+        return found | ({"style": entry.style} if entry.style else {})
 
     def original_sizes(self):
         """(height, width) of every picture, int32 [N, 2], from the files' headers."""
@@ -89,16 +94,21 @@ def find(root):
     if not paths:
         fix = f"put pictures there ({', '.join(SUFFIXES)}), each with a .txt caption"
         raise errors.DataError("no pictures in this folder", str(root), fix)
-    written = {}
-    for file in sorted(root.rglob(METADATA)):
-        written |= read_metadata(file)
-    found = [(p, written.get(p) or text_beside(p)) for p in paths]
-    bare = [str(p.relative_to(root)) for p, caption in found if not caption]
+    found = described(paths, root)
+    bare = [str(e.path.relative_to(root)) for e in found if not e.caption]
     if bare:
         names = ", ".join(bare[:SHOWN]) + (", ..." if len(bare) > SHOWN else "")
         fix = f"write {pathlib.Path(bare[0]).with_suffix('.txt')}, or a line in {METADATA}"
         raise errors.DataError(f"{len(bare)} pictures without a caption: {names}", str(root), fix)
-    return [Entry(p, caption) for p, caption in found]
+    return found
+
+
+def described(paths, root):
+    """The `Entry` of each picture; its caption is None where nothing in `root` has one."""
+    written = {}
+    for file in sorted(root.rglob(METADATA)):
+        written |= read_metadata(file)
+    return [written.get(p) or Entry(p, text_beside(p)) for p in paths]
 
 
 def text_beside(path):
@@ -119,8 +129,8 @@ def read_text(file):
 
 
 def read_metadata(file):
-    """{picture's path: caption} of a `metadata.jsonl`; pictures that it names must be there."""
-    captions = {}
+    """{picture's path: `Entry`} of a `metadata.jsonl`; pictures that it names must be there."""
+    entries = {}
     for number, line in enumerate(read_text(file).splitlines(), 1):
         if not line.strip():
             continue
@@ -128,15 +138,18 @@ def read_metadata(file):
         try:
             row = json.loads(line)
             path, caption = file.parent / row["file_name"], row["text"]
+            style = row.get("style")
         except (ValueError, KeyError, TypeError) as error:
             fix = 'one JSON object a line: {"file_name": "cat.jpg", "text": "a cat"}'
             raise errors.DataError(f"cannot be read: {error!r}", where, fix) from None
         if not isinstance(caption, str) or not caption.strip():
             raise errors.DataError(f"no caption for {row['file_name']}", where)
+        if style is not None and (not isinstance(style, str) or not style.strip()):
+            raise errors.DataError(f"style {style!r} of {row['file_name']} is no words", where)
         if not path.is_file():
             raise errors.DataError(f"{row['file_name']} is not in the folder", where)
-        captions[path] = caption.strip()
-    return captions
+        entries[path] = Entry(path, caption.strip(), style and style.strip())
+    return entries
 
 
 def upright_size(picture):

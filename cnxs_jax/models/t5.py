@@ -17,6 +17,7 @@ import numpy as np
 from cnxs_jax.errors import ConfigError, did_you_mean
 from cnxs_jax.models.activations import gelu_tanh
 from cnxs_jax.models.attention import attention
+from cnxs_jax.models.style_words import with_words
 
 FEED_FORWARDS = ("gated-gelu", "relu")
 QUANTIZATIONS = (None, "int8")
@@ -223,10 +224,11 @@ class T5Stack(nn.Module):
 class T5Encoder(nn.Module):
     """`apply({"params": p}, ids [B,L] int32, mask [B,L]) -> [B,L,d_model]` float32.
 
-    Padded positions (mask 0) influence no other position; their own outputs are finite and mean
-    nothing, also where a whole row is padded. Ids must lie below `vocab_size` (the tokenizer's
-    matter; others give NaN). Compute dtype float32 or bfloat16: `wo`'s outputs overflow float16
-    (ConfigError).
+    With `words` [B,n,d_model] as a third argument the id -1-k stands for pseudo-word k of its row
+    (`models.style_words`). Padded positions (mask 0) influence no other position; their own outputs
+    are finite and mean nothing, also where a whole row is padded. Ids must lie below `vocab_size`
+    (the tokenizer's matter; others give NaN). Compute dtype float32 or bfloat16: `wo`'s outputs
+    overflow float16 (ConfigError).
 
     Args:
         feed_forward_proj: "gated-gelu" (v1.1) or "relu" (v1.0).
@@ -274,9 +276,12 @@ class T5Encoder(nn.Module):
         self.shared = nn.Embed(self.vocab_size, self.d_model, embedding_init=init)
         self.encoder = T5Stack(self.clone(parent=None, name=None))
 
-    def __call__(self, ids, mask=None):
+    def __call__(self, ids, mask=None, words=None):
         if ids.ndim != 2 or (mask is not None and mask.shape != ids.shape):
             got = f"{list(ids.shape)} and {None if mask is None else list(mask.shape)}"
             raise ConfigError(f"ids and mask must both be [B,L], got {got}", "t5 input")
         mask = jnp.ones(ids.shape, jnp.int32) if mask is None else mask
-        return self.encoder(self.shared(ids).astype(jnp.float32), mask)
+        if words is None:
+            return self.encoder(self.shared(ids).astype(jnp.float32), mask)
+        x = self.shared(jnp.maximum(ids, 0)).astype(jnp.float32)
+        return self.encoder(with_words(x, ids, words), mask)

@@ -1,14 +1,11 @@
 """The one pipeline: text -> condition -> latents -> pictures, the same for every model family.
 
 A family (pixart.py) says which components it has, its defaults, its sizes and how texts become a
-condition. The programs below are jitted at module level with the network as a static argument, so
-pipelines that share a network share its compiled programs; seed, texts, guidance scale and every
-column of the solver's table are traced.
+condition.
 """
 
 import contextlib
 import dataclasses
-import functools
 import math
 from typing import Any, ClassVar
 
@@ -17,70 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from cnxs_jax.control.paint import word_condition
-from cnxs_jax.diffusion import guidance, sampling, solvers
+from cnxs_jax.diffusion import sampling, solvers
 from cnxs_jax.errors import ConfigError
-from cnxs_jax.models import tiling
 from cnxs_jax.models.unet import latent_sides
-from cnxs_jax.pipelines import adapters, diffusers_layout, offload
+from cnxs_jax.pipelines import adapters, diffusers_layout, offload, programs
 from cnxs_jax.pipelines import control as controls
 from cnxs_jax.pipelines import experts as ensembles
 from cnxs_jax.pipelines import images as pictures
 from cnxs_jax.pipelines import request as requests
+from cnxs_jax.pipelines import style as styles
 from cnxs_jax.pipelines.interface import CONTROL, Component, Result, TextToImage, request_of
 from cnxs_jax.pipelines.scheduler import is_lcm, override
-from cnxs_jax.pipelines.sizes import check_side, resize_and_crop
-
-
-@functools.partial(jax.jit, static_argnames=("shape",))
-def draw(seeds_B, indices_B, shape):
-    """Standard normal noise [B, *shape] and one sampling key an image, from seed and index alone.
-
-    Image n's key is fold_in(key(seed), index), so a picture does not depend on its batch.
-    """
-
-    def one(seed, index):
-        noise_key, step_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), index))
-        return jax.random.normal(noise_key, shape), step_key
-
-    return jax.vmap(one)(seeds_B, indices_B)
-
-
-@functools.partial(jax.jit, static_argnames=("module",))
-def denoise(module, params, noise, cond, table, keys):
-    """Latents [B,h,w,C] from standard normal noise: one program a static signature.
-
-    `module`, `params` and `cond`: one each, or tuples indexed by the table's expert column.
-    """
-    return sampling.sample(guided(module), params, noise, cond, table, key=keys)
-
-
-def guided(module):
-    """The guided denoiser of a module, or of each in a tuple."""
-    if isinstance(module, tuple):
-        return tuple(map(guided, module))
-    return guidance.cfg(sampling.denoiser(module))
-
-
-@functools.partial(jax.jit, static_argnames=("module", "size", "tile"))
-def decode(module, params, latents, size, tile=None):
-    """Pictures [B,H,W,3] around [0,1], not clamped, of scaled latents; `size` = (H, W).
-
-    `tile`: latents a side that are decoded at once (`models.tiling`), all of them unless given.
-    """
-
-    def whole(z):
-        return module.apply({"params": params}, z, method="decode").astype(jnp.float32)
-
-    latents = latents / module.scaling_factor + (module.shift_factor or 0.0)
-    tile = max(latents.shape[1:3]) if tile is None else tile
-    image = tiling.decode(whole, latents, module.downsample_factor, tile)
-    return resize_and_crop(image * 0.5 + 0.5, *size)
-
-
-@functools.partial(jax.jit, static_argnames=("module",))
-def encode_text(module, params, ids, mask):
-    """What the text encoder makes of ids [B,L] and mask [B,L]."""
-    return module.apply({"params": params}, ids, mask)
+from cnxs_jax.pipelines.sizes import check_side
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +45,7 @@ class Pipeline(TextToImage):
         compat: whose computation a further ControlNet-XS follows that does not say it itself.
         plain: where adapters are merged into the denoiser, its parameters without them.
         experts: those that take over below some noise, lowest first (`pipelines.experts`).
+        style: what reads reference pictures, a `pipelines.style.Style`, or None.
     """
 
     components: dict[str, Component]
@@ -114,6 +60,7 @@ class Pipeline(TextToImage):
     compat: str = "official"
     plain: Any = None
     experts: tuple = ()
+    style: Any = None
 
     classes: ClassVar[dict]  # {directory: (library, class)} of model_index.json
     networks: ClassVar[tuple]  # the directories that hold networks
@@ -122,6 +69,7 @@ class Pipeline(TextToImage):
     # {class of an adapter: diffusers' pipeline class with it, whose computation that one follows}
     controlled: ClassVar[dict] = {}
     denoiser: ClassVar[str]  # the one that samples
+    style_reader: ClassVar[str | None] = None  # the text encoder that takes pseudo-words
     steps: ClassVar[int] = 20
     guidance_scale: ClassVar[float] = 7.5
 
@@ -131,6 +79,9 @@ class Pipeline(TextToImage):
         request = request_of(given, *(own if value is None else value for value, own in both))
         wanted = (given[name] for name in CONTROL)
         control = controls.check(self.controllers, *wanted, request) if self.controllers else None
+        if self.style is not None:
+            found = styles.reference(given["style_image"], given["style_scale"], request)
+            request = dataclasses.replace(request, style=found)
         with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
             return self._draw(request, control)
 
@@ -151,17 +102,19 @@ class Pipeline(TextToImage):
             table = table.with_control(control.start, control.end)
         table = ensembles.route(table, self.experts)
         networks, conds = ensembles.members(self, table, request, control, drawn, shape[:2])
-        noise, keys = draw(request.seeds, request.indices, shape)
+        noise, keys = programs.draw(request.seeds, request.indices, shape)
         noise = noise if request.latents is None else jnp.asarray(request.latents)
         noise, conds, keys = self._rows((noise, conds, keys))
         out = self.sample(networks, noise, conds, table, keys)
         if request.output_type != "latent":
             vae = self.components["vae"]
-            out = self.run(vae, decode, out, size=size, tile=self.vae_tile)
+            out = self.run(vae, programs.decode, out, size=size, tile=self.vae_tile)
         out = np.asarray(out, np.float32)[: request.batch]
         requests.check_finite(out, request)
         scheduler = self.scheduler["_class_name"]
         parameters = requests.parameters(request, size, scheduler, self.class_name)
+        if request.style is not None:
+            parameters = [row | {"style_scale": request.style.scale} for row in parameters]
         if control is not None:
             parameters = [row | control.parameters for row in parameters]
         if self.experts:
@@ -175,11 +128,13 @@ class Pipeline(TextToImage):
     def sample(self, networks, noise, conds, table, keys):
         """Latents [B,h,w,C]; `networks` and `conds` are one a denoiser, lowest noise first."""
         if len(networks) == 1:
-            return self.run(networks[0], denoise, noise, conds[0], table, keys)
+            return self.run(networks[0], programs.denoise, noise, conds[0], table, keys)
         modules, params = zip(*networks, strict=True)
         if self.offload is None:
-            return denoise(modules, params, noise, conds, table, keys)
-        return sampling.sample_from_host(guided(modules), params, noise, conds, table, key=keys)
+            return programs.denoise(modules, params, noise, conds, table, keys)
+        return sampling.sample_from_host(
+            programs.guided(modules), params, noise, conds, table, key=keys
+        )
 
     def run(self, network, program, *args, **static):
         """`program(module, params, *args, **static)` of a network (module, params)."""
@@ -188,14 +143,19 @@ class Pipeline(TextToImage):
             return program(module, params, *args, **static)
         return offload.run(program, module, params, *args, **static)
 
-    def replace(self, control=None, lora=None, experts=None, scheduler=None):
+    @property
+    def styled(self):
+        """Whether a call takes a reference picture."""
+        return self.style is not None
+
+    def replace(self, control=None, lora=None, experts=None, scheduler=None, style=None):
         """Another pipeline that shares this one's arrays and compiled programs.
 
         Args:
             scheduler: as in `load_pipeline`.
             control, lora: as in `load_pipeline`; an empty list takes them off. A ControlNet-XS
                 follows the computation of the one before it, unless a `Controller` names another.
-            experts: as in `load_pipeline`; an empty list takes them off.
+            experts, style: as in `load_pipeline`; an empty list takes them off.
         """
         config = self.scheduler if scheduler is None else override(self.scheduler, scheduler)
         solvers.from_config(config, 1)  # an unusable scheduler is found now, not at the first call
@@ -206,6 +166,8 @@ class Pipeline(TextToImage):
             controllers = controls.open_controllers(control, dtype, compat, **parts)
             compat = controls.compat_of(controllers, compat)
         pipe = dataclasses.replace(self, scheduler=config, controllers=controllers, compat=compat)
+        if style is not None:
+            pipe = pipe.with_style(style)
         if experts is not None:
             pipe = dataclasses.replace(pipe, experts=ensembles.open_for(pipe, experts))
         pipe = pipe if lora is None else pipe.adapted(lora)
@@ -221,14 +183,24 @@ class Pipeline(TextToImage):
         components = {**self.components, self.denoiser: Component(module, merged)}
         return dataclasses.replace(self, components=components, plain=plain if trees else None)
 
+    def with_style(self, given):
+        """The same with this reader of reference pictures, or without one."""
+        if self.style_reader is None and given not in (None, [], ()):
+            requests.refuse_parts(self.class_name, style=given)
+        found = styles.open_style(given, self.mesh, self.offload)
+        if found is not None:
+            styles.check(found, self.components[self.style_reader].module)
+        return dataclasses.replace(self, style=found)
+
     @classmethod
-    def read(cls, directory, dtype, compat=None, lora=None, experts=None, **parts):
+    def read(cls, directory, dtype, compat=None, lora=None, experts=None, style=None, **parts):
         """The pipeline in a diffusers directory."""
         if lora is not None:
             adapters.check(lora)
         experts = ensembles.check_entries(experts)
         pipe = cls(*diffusers_layout.read(cls, directory, dtype, compat, **parts))
         pipe = pipe if lora is None else pipe.adapted(lora)
+        pipe = pipe if style is None else pipe.with_style(style)
         pipe = dataclasses.replace(pipe, experts=ensembles.open_for(pipe, experts))
         pipe.check()
         return pipe
@@ -238,6 +210,9 @@ class Pipeline(TextToImage):
         if self.experts:
             fix = "save it with `pipe.replace(experts=[])`, and each expert on its own"
             raise ConfigError("diffusers has no layout of experts", "save_pipeline", fix)
+        if self.style is not None:
+            fix = "save it with `pipe.replace(style=[])`; the style's directory stays as it is"
+            raise ConfigError("diffusers has no layout of style words", "save_pipeline", fix)
         diffusers_layout.write(self, directory, dtype)
 
     def check(self):
@@ -282,6 +257,10 @@ class Pipeline(TextToImage):
         asked = (height, width)
         return tuple(own[i] * self.factor if n is None else n for i, n in enumerate(asked))
 
+    def embeddings(self, given):
+        """CLIP's embeddings [N,P] of a list of pictures, of a pipeline with a style."""
+        return self.style.embeddings(styles.one_a_prompt(given, len(given)), self.run)
+
     def sizes(self, height, width):
         """((H, W) of the result, (H, W) that the network draws) for the sides asked for."""
         size, multiple = self.asked_size(height, width), self.multiple
@@ -319,31 +298,7 @@ class Pipeline(TextToImage):
         found = word_condition(self.contexts(), prompts, request.word_masks, latent_size)
         if not found[0]["word_mask"].any():
             return {}, {}
-        return tuple(repeated(part, request.repeats) for part in found)
+        return tuple(programs.repeated(part, request.repeats) for part in found)
 
     def _rows(self, tree):
-        return over(self.mesh, tree)
-
-
-def over(mesh, tree):
-    """Rows repeated up to a multiple of the mesh's batch parts, and split over them.
-
-    Padding is safe because a picture does not depend on its batch; the caller drops it.
-    """
-    if mesh is None:
-        return tree
-    from cnxs_jax import sharding
-
-    parts = sharding.batch_parts(mesh)
-
-    def place(x):
-        missing = -x.shape[0] % parts
-        x = jnp.concatenate([x, jnp.repeat(x[-1:], missing, axis=0)]) if missing else x
-        return jax.device_put(x, sharding.batch_sharding(mesh))
-
-    return jax.tree.map(place, tree)
-
-
-def repeated(cond, count):
-    """Every row of a condition `count` times: images of one prompt are neighbours."""
-    return {name: jnp.repeat(value, count, axis=0) for name, value in cond.items()}
+        return programs.over(self.mesh, tree)

@@ -14,8 +14,6 @@ With `"encoders_beside": {"text": NAME, ...}` the index names neighbouring direc
 import contextlib
 import dataclasses
 import functools
-import math
-import numbers
 import re
 from typing import Any, ClassVar
 
@@ -27,11 +25,11 @@ from cnxs_jax.control import paint
 from cnxs_jax.data import text as texts_to_tokens
 from cnxs_jax.diffusion import edm
 from cnxs_jax.errors import CheckpointError, ConfigError
-from cnxs_jax.models.conditioning import Encoders, clip_pixels, dropped
-from cnxs_jax.pipelines import cascade
+from cnxs_jax.models.conditioning import Encoders, dropped
+from cnxs_jax.pipelines import cascade, programs
 from cnxs_jax.pipelines import images as pictures
 from cnxs_jax.pipelines import request as requests
-from cnxs_jax.pipelines.base import draw, over
+from cnxs_jax.pipelines import style as styles
 from cnxs_jax.pipelines.interface import Result, TextToImage, request_of
 from cnxs_jax.pipelines.load import place
 from cnxs_jax.pipelines.scheduler import read_json
@@ -93,7 +91,7 @@ class EDiffIPipeline(TextToImage):
         )
         rows = [request_of(given, steps, scale) for steps, scale in amounts]
         self.check_size(rows[0])
-        check_style(style_scale, style_image is not None and rows[0].guided)
+        styles.check_scale(style_scale, style_image is not None and rows[0].guided)
         with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
             x = self.drawn(rows, style_image, style_scale)
         return self.result(np.asarray(x, np.float32)[: rows[0].batch], rows, style_scale)
@@ -102,9 +100,11 @@ class EDiffIPipeline(TextToImage):
         """The last stage's pictures, float32 [B,H,W,3]; on a mesh of a batch that it divides."""
         cond, null = self.condition(rows[0], style_image)
         base = self.painted(rows[0])
-        noise, keys = draw(rows[0].seeds, rows[0].indices, (self.stages[0].size,) * 2 + (3,))
+        noise, keys = programs.draw(
+            rows[0].seeds, rows[0].indices, (self.stages[0].size,) * 2 + (3,)
+        )
         x = noise if rows[0].latents is None else jnp.asarray(rows[0].latents)
-        cond, null, base, x, keys = over(self.mesh, (cond, null, base, x, keys))
+        cond, null, base, x, keys = programs.over(self.mesh, (cond, null, base, x, keys))
         for number, (stage, row) in enumerate(zip(self.stages, rows, strict=True)):
             own, own_null = base if number == 0 else ({}, {})
             whole = guided({**cond, **own}, {**null, **own_null}, row, style_scale)
@@ -169,15 +169,16 @@ class EDiffIPipeline(TextToImage):
                 found |= {f"{prefix}input_ids": ids, f"{prefix}attention_mask": mask}
         return found
 
+    def embeddings(self, given):
+        """CLIP's embeddings [N,P] of a list of pictures."""
+        pixels = self.references(given, len(given))
+        module, params = self.encoders.clip_image, self.encoder_params["clip_image"]
+        return programs.apply(module, params, pixels)
+
     def references(self, style_image, count):
         """CLIP's input of one reference picture a prompt."""
-        several = isinstance(style_image, list | tuple)
-        given = list(style_image) if several else [style_image] * count
-        if len(given) != count:
-            raise ConfigError(f"{len(given)} pictures for {count} prompts", "style_image")
         size = self.encoders.clip_image.image_size
-        arrays = [jnp.asarray(pictures.to_array(picture))[None] for picture in given]
-        return jnp.concatenate([clip_pixels(array, size) for array in arrays])
+        return styles.clip_input(styles.one_a_prompt(style_image, count), size)
 
     def contexts(self):
         """[(tokenizer, length)] of the encoders that are there, in the context's order."""
@@ -249,17 +250,6 @@ class EDiffIPipeline(TextToImage):
             for expert in stage.experts:
                 encoders[0].check(expert.module, stage.name)
         return cls(stages, *encoders, limits, mesh)
-
-
-def check_style(style_scale, usable):
-    """Raises ConfigError for a weight that is no number, or that nothing would be weighed by."""
-    if style_scale is None:
-        return
-    number = isinstance(style_scale, numbers.Real) and not isinstance(style_scale, bool)
-    if not number or not 0 <= style_scale < math.inf:
-        raise ConfigError(f"expected a number of 0 or more, got {style_scale!r}", "style_scale")
-    if not usable:
-        raise ConfigError("it needs a style_image and guidance_scale > 1", "style_scale")
 
 
 def guided(cond, null, request, style_scale):

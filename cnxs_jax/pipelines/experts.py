@@ -355,6 +355,8 @@ def _sees_the_same(pipe, main):
     own, other = (p.components[p.denoiser].module for p in (pipe, main))
     shared = {name: part for name, part in main.components.items() if name != main.denoiser}
     rest = all(pipe.components.get(name) is part for name, part in shared.items())
-    rest = rest and all(getattr(pipe, n) is getattr(main, n) for n in ("tokenizer", "null_text"))
+    rest = rest and all(
+        getattr(pipe, n) is getattr(main, n) for n in ("tokenizer", "null_text", "style")
+    )
     kind = type(pipe) is type(main) and pipe.options == main.options
     return rest and kind and own == other and pipe.controllers is main.controllers

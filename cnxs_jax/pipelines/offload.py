@@ -16,6 +16,7 @@ import numpy as np
 from cnxs_jax import tree
 from cnxs_jax.convert import rules
 from cnxs_jax.errors import ConfigError, did_you_mean
+from cnxs_jax.models.style_words import with_words
 from cnxs_jax.models.t5 import RMSNorm, T5Block, T5Encoder, position_buckets
 from cnxs_jax.pipelines.load import check_dtype, open_model, read_model
 
@@ -80,8 +81,10 @@ class StreamedT5:
     def _read(self, path, array):
         return np.array(rules.from_torch(path, array), self.dtype, order="C")
 
-    def encode(self, ids, mask):
+    def encode(self, ids, mask, words=None):
         """Text [B,L,d_model] float32 of ids [B,L] and mask [B,L]: what the whole encoder gives.
+
+        `words` [B,n,d_model] as `T5Encoder` takes them.
 
         Raises ConfigError for ids that the table lacks.
         """
@@ -90,7 +93,9 @@ class StreamedT5:
             what = f"id {ids.max()} is not below vocab_size {module.vocab_size}"
             raise ConfigError(what, "t5 input")
         embedding = self.rest["shared/embedding"]
-        x = jnp.asarray(embedding[ids].astype(self.dtype), jnp.float32)
+        known = np.maximum(ids, 0)
+        x = jnp.asarray(embedding[known].astype(self.dtype), jnp.float32)
+        x = x if words is None else with_words(x, ids, words)
         bias = self._position_bias(ids.shape[1])
         following = self.block(0)
         for index in range(module.num_layers):

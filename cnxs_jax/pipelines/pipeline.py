@@ -51,6 +51,7 @@ def load_pipeline(
     offload=None,
     quantize=None,
     vae_tiling=False,
+    style=None,
 ) -> Pipeline:
     """A pipeline from a diffusers directory or, where huggingface_hub is installed, a hub id.
 
@@ -71,6 +72,8 @@ def load_pipeline(
             encoder block by block, too, but a cascade's (`cnxs_jax.pipelines.offload`).
         quantize: "int8": the text encoder's kernels (`cnxs_jax.convert.quantize`).
         vae_tiling: decode large pictures in overlapping tiles (`cnxs_jax.models.tiling`).
+        style: PixArt's reader of reference pictures, the directory that
+            `configs/pixart_style.py` trains (`cnxs_jax.pipelines.style`); a cascade has its own.
 
     Raises:
         ConfigError: an unknown class or scheduler, or a part that the family does not take.
@@ -81,7 +84,7 @@ def load_pipeline(
     directory = local_directory(path)
     index = schedulers.read_json(directory / INDEX)
     family, compat = _family(index, directory)
-    parts = {"lora": lora, "experts": experts, "vae_tiling": vae_tiling or None}
+    parts = {"lora": lora, "experts": experts, "vae_tiling": vae_tiling or None, "style": style}
     parts |= {"control": control, "scheduler": scheduler, "mesh": mesh}
     parts |= {"offload": offload, "quantize": quantize}
     return family.read(directory, compute, compat, **parts)

@@ -4,7 +4,9 @@ import jax.numpy as jnp
 
 from cnxs_jax.data import caption_cleaning
 from cnxs_jax.data import text as tokens
-from cnxs_jax.pipelines.base import Pipeline, encode_text
+from cnxs_jax.pipelines import style as styles
+from cnxs_jax.pipelines.base import Pipeline
+from cnxs_jax.pipelines.programs import encode_text, repeated
 from cnxs_jax.pipelines.sizes import bins, nearest_bin
 
 
@@ -18,6 +20,7 @@ class PixArtAlphaPipeline(Pipeline):
 
     class_name = "PixArtAlphaPipeline"
     denoiser = "transformer"
+    style_reader = "text_encoder"
     # Directory -> (library, class) written to model_index.json, in diffusers' order.
     classes = {
         "scheduler": ("diffusers", None),
@@ -46,9 +49,12 @@ class PixArtAlphaPipeline(Pipeline):
 
     def encode(self, request, size):
         """`text`, `text_mask`, for 1024-MS `size` and `aspect`; `null` when guided."""
-        text, mask = self._embed(request.prompts)
-        rows = request.repeats
-        cond = {"text": jnp.repeat(text, rows, axis=0), "text_mask": jnp.repeat(mask, rows, axis=0)}
+        given = request.style if self.style is not None else None
+        words = None if given is None else self.style.read(given.pictures, self.run)
+        cond = self._text(request.prompts, request.repeats, words)
+        if given is not None and given.scale is not None:
+            cond["unstyled"] = self._text(request.prompts, request.repeats)
+            cond["style_scale"] = jnp.full((request.batch,), given.scale, jnp.float32)
         if self.components["transformer"].module.micro_conditioning:
             batch = (request.batch, 1)
             cond["size"] = jnp.tile(jnp.asarray([size], jnp.float32), batch)
@@ -73,17 +79,19 @@ class PixArtAlphaPipeline(Pipeline):
             null = self.null_text[: self.max_tokens]
             return {"text": jnp.broadcast_to(null, (request.batch, *null.shape))}
         # One row serves all images where there is no negative prompt.
-        one = request.negatives is None
-        text, mask = self._embed([""] if one else request.negatives)
-        rows = request.batch if one else request.repeats
-        return {"text": jnp.repeat(text, rows, axis=0), "text_mask": jnp.repeat(mask, rows, axis=0)}
+        if request.negatives is None:
+            return self._text([""], request.batch)
+        return self._text(request.negatives, request.repeats)
 
-    def _embed(self, texts):
-        """Encoded text [B,L,D] and mask [B,L] of a list of texts."""
+    def _text(self, texts, repeats, words=None):
+        """`text` and `text_mask` of a list of texts, with pseudo-words [texts,n,D] in each."""
         ids, mask = caption_cleaning.tokenize(self.tokenizer, texts, self.max_tokens)
+        if words is not None:
+            ids, mask = styles.insert(ids, mask, self.style.count)
         ids, mask = jnp.asarray(ids), jnp.asarray(mask)
-        text = self.run(self.components["text_encoder"], encode_text, *self._rows((ids, mask)))
-        return text[: len(texts)], mask
+        inputs = self._rows((ids, mask) if words is None else (ids, mask, words))
+        text = self.run(self.components["text_encoder"], encode_text, *inputs)
+        return repeated({"text": text[: len(texts)], "text_mask": mask}, repeats)
 
 
 class PixArtSigmaPipeline(PixArtAlphaPipeline):

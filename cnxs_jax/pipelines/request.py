@@ -3,6 +3,7 @@
 import dataclasses
 import numbers
 import sys
+from typing import Any
 
 import numpy as np
 
@@ -28,6 +29,7 @@ class Request:
         latents: float32 [batch,h,w,C] standard normal noise to start from, or None to draw it.
         output_type: pil, np or latent.
         word_masks: None, or one dict of painted phrases a prompt.
+        style: None, or the reference pictures (`pipelines.style.Reference`).
     """
 
     prompts: list
@@ -42,6 +44,7 @@ class Request:
     latents: np.ndarray | None
     output_type: str
     word_masks: list | None = None
+    style: Any = None
 
     @property
     def batch(self):

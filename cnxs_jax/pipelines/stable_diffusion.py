@@ -4,7 +4,8 @@ import jax.numpy as jnp
 
 from cnxs_jax.data import text as texts_to_tokens
 from cnxs_jax.errors import ConfigError
-from cnxs_jax.pipelines.base import Pipeline, encode_text, repeated
+from cnxs_jax.pipelines.base import Pipeline
+from cnxs_jax.pipelines.programs import encode_text, repeated
 
 AESTHETIC_SCORE, NEGATIVE_SCORE = 6.0, 2.5  # diffusers' defaults of the two halves
 LCM_GUIDANCE = 8.5  # diffusers' default where the guidance scale is an input of the network

@@ -3,7 +3,7 @@
   python -m eval.ediffi --cascade=runs/cascade/export --out=runs/ediffi_studies
       attention   attention to text against noise, and a prompt that is switched on the way
       painting    placement against the weight of painted words; of any pipeline of 64 px
-      style       a reference picture's style
+      style       a reference picture's style; also of a PixArt with --style
       encoders    T5, CLIP or both, on short and long captions
   python -m eval.ediffi --study=experts --runs=runs/arms --seeds=0,1,2 \\
       --cascade=runs/cascade/export --out=runs/ediffi_studies
@@ -22,7 +22,7 @@ import cnxs_jax
 from cnxs_jax import errors
 from cnxs_jax.storage import check_directory
 from eval import study
-from eval.draw import identity
+from eval.draw import digest_of, identity
 from eval.ediffi import attention, encoders, experts, painting, style
 
 OF_A_CASCADE = {
@@ -41,6 +41,9 @@ TITLES = {
 }
 CASCADE = flags.DEFINE_string(
     "cascade", None, "Pipeline directory of a cascade to 64 px; for painting any pipeline's."
+)
+STYLE = flags.DEFINE_string(
+    "style", None, "What reads reference pictures where --cascade is a PixArt: a run's export."
 )
 STUDY = flags.DEFINE_list(
     "study", list(OF_A_CASCADE), f"Which: {', '.join(OF_A_CASCADE)}, experts."
@@ -69,6 +72,8 @@ def settings(name):
     """What decides the figures of a study, JSON-able."""
     who = identity(CASCADE.value) if CASCADE.value else None
     found = {"cascade": who, "number": NUMBER.value}
+    if STYLE.value:
+        found["style"] = digest_of(STYLE.value)
     if GUIDANCE.value:
         found["guidance"] = scales()
     if name == "painting":
@@ -89,11 +94,12 @@ def opened(name):
     """The pipeline of a study, or None without --cascade."""
     if not CASCADE.value:
         return None
-    pipe = cnxs_jax.load_pipeline(CASCADE.value)
+    pipe = cnxs_jax.load_pipeline(CASCADE.value, style=STYLE.value)
     if pipe.sizes(None, None)[0] != (64, 64):
         what, fix = "no pipeline that draws 64 px", "train configs/ediffi.py"
         raise errors.ConfigError(what, "--cascade", fix)
-    if name != "painting" and getattr(pipe, "stages", None) is None:
+    able = name == "painting" or name == "style" and pipe.styled
+    if not able and getattr(pipe, "stages", None) is None:
         raise errors.ConfigError(f"{name} needs a cascade", "--cascade", "train configs/ediffi.py")
     return pipe
 

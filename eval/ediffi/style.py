@@ -4,8 +4,8 @@ Prompts name one thing and no style; the reference is a real scene of another th
 of the pictures with the prompted thing whose style is the reference's. `objects`: share with the
 prompted thing. `leaked`: share that shows the reference's thing; `leaked by chance`: that shows the
 thing of another picture's reference. Three bounds stand beside it: the same where the prompt names
-the style; how often a linear map of CLIP's embedding of a reference tells its style; and the same
-where the larger stages enlarge real scenes in the place of the base's pictures.
+the style; how often a linear map of CLIP's embedding of a reference tells its style; and, of a
+cascade, the same where the larger stages enlarge real scenes in the place of the base's pictures.
 """
 
 import dataclasses
@@ -16,7 +16,6 @@ import numpy as np
 
 from cnxs_jax.data import emoji_scenes
 from cnxs_jax.data.scenes import with_article
-from cnxs_jax.pipelines import ediffi
 from eval import ask
 from eval.metrics import bootstrap
 from train.parts import to_signed
@@ -71,9 +70,7 @@ def judge(images, asked):
 def told_by_clip(pipe, seed, fitted=384, judged=128):
     """Share of new references whose style a ridge regression on CLIP's embeddings tells."""
     asked = questions(fitted + judged, seed + 1)
-    inputs = pipe.tokens([a["prompt"] for a in asked])
-    inputs["clip_pixels"] = pipe.references([a["reference"] for a in asked], len(asked))
-    z = np.asarray(ediffi.encode(pipe.encoders, pipe.encoder_params, inputs)["clip_image"])
+    z = np.asarray(pipe.embeddings([a["reference"] for a in asked]))
     z = z / np.linalg.norm(z, axis=-1, keepdims=True)
     z = z - z[:fitted].mean(0)
     styles = list(emoji_scenes.world().styles)
@@ -115,14 +112,21 @@ def enlarged(pipe, asked, seed):
     return judge(ask.draw(real, [a["prompt"] for a in asked], seed), asked)
 
 
+def several(pipe):
+    """Whether the pipeline has larger stages."""
+    return len(getattr(pipe, "stages", ())) > 1
+
+
 def rows_of(pipe, asked, scales=SCALES):
     """{label: (prompts, options)} of what is drawn."""
     prompts, references = [a["prompt"] for a in asked], [a["reference"] for a in asked]
     named = [f"{a['prompt']}, {a['style']} style" for a in asked]
-    everywhere = [pipe.defaults()[1]] * len(pipe.stages)
     found = {"no reference": (prompts, {}), "no reference, the prompt names the style": (named, {})}
-    guided = {"guidance_scale": everywhere}
-    for some, words, more in ((scales, "", {}), (GUIDED, ", guidance in every stage", guided)):
+    kinds = [(scales, "", {})]
+    if several(pipe):
+        everywhere = {"guidance_scale": [pipe.defaults()[1]] * len(pipe.stages)}
+        kinds += [(GUIDED, ", guidance in every stage", everywhere)]
+    for some, words, more in kinds:
         for scale in some:
             label = "as the text's" if scale is None else str(scale)
             options = {"style_image": references, "style_scale": scale, **more}
@@ -139,6 +143,7 @@ def study(pipe, number, seed):
         rows.append({"style scale": label} | judge(images, asked))
         shown[label] = images[:8]
     bounds = [{"bound": "told by CLIP's embedding", "style": told_by_clip(pipe, seed)}]
-    bounds += [{"bound": "real scenes, enlarged"} | enlarged(pipe, asked, seed)]
+    if several(pipe):
+        bounds += [{"bound": "real scenes, enlarged"} | enlarged(pipe, asked, seed)]
     named = [a["prompt"] for a in asked[:8]]
     return {"rows": rows, "bounds": bounds}, {"prompts": named, "images": shown}

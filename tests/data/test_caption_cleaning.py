@@ -66,7 +66,7 @@ def test_training_and_drawing_read_the_same_ids(in_buckets, tmp_path, monkeypatc
     loader, tokenizer = inputs.open_loader(config, tokenizer_path=tmp_path / "tokens")
     seen = []
     monkeypatch.setattr(pixart, "encode_text", lambda net, params, *ids: seen.append(ids) or ids[0])
-    pipe._embed([CAPTION])
+    pipe._text([CAPTION], 1)
     trained = next(loader)
     for name, ids in zip(("input_ids", "attention_mask"), seen[0], strict=True):
         np.testing.assert_array_equal(trained[name], ids)

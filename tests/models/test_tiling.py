@@ -7,7 +7,7 @@ import pytest
 
 from cnxs_jax.models import tiling
 from cnxs_jax.models.vae import AutoencoderKL
-from cnxs_jax.pipelines import base
+from cnxs_jax.pipelines import programs
 from tests.pipelines.tiny import perturbed
 
 
@@ -45,9 +45,9 @@ def test_the_pipeline_decodes_in_tiles():
     vae = AutoencoderKL(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4)
     params = perturbed(vae, jnp.zeros((1, 16, 16, 3)))
     z = jax.random.normal(jax.random.key(1), (1, 12, 20, 4)) * vae.scaling_factor
-    whole = base.decode(vae, params, z, (24, 40))
-    large = base.decode(vae, params, z, (24, 40), tile=20)
-    tiled = base.decode(vae, params, z, (24, 40), tile=8)
+    whole = programs.decode(vae, params, z, (24, 40))
+    large = programs.decode(vae, params, z, (24, 40), tile=20)
+    tiled = programs.decode(vae, params, z, (24, 40), tile=8)
     np.testing.assert_array_equal(large, whole)
     assert tiled.shape == whole.shape
     spread = float(jnp.std(whole))

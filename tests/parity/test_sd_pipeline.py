@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from cnxs_jax import load_pipeline, save_pipeline
-from cnxs_jax.pipelines import base
+from cnxs_jax.pipelines import programs
 from tests.parity.helpers import perturb
 from tests.pipelines import tiny_sd
 
@@ -115,7 +115,7 @@ def _agree(want, got):
 
 def _same_step_noise(monkeypatch, shape):
     """Makes diffusers' LCM scheduler draw what our loop draws for seed 0."""
-    _, keys = base.draw(np.zeros(2, np.uint32), np.arange(2, dtype=np.uint32), shape)
+    _, keys = programs.draw(np.zeros(2, np.uint32), np.arange(2, dtype=np.uint32), shape)
 
     def at(row):
         draws = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, row), shape))(keys)

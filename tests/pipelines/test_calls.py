@@ -10,7 +10,7 @@ import pytest
 import cnxs_jax
 from cnxs_jax import storage
 from cnxs_jax.errors import ConfigError, NumericsError
-from cnxs_jax.pipelines import base
+from cnxs_jax.pipelines import base, programs
 from tests.pipelines import tiny
 
 PROMPTS = ["a red fox", "two blue cats", "a boat"]
@@ -25,16 +25,16 @@ def pipe(tmp_path_factory):
 def traces(monkeypatch):
     """Counts how often the sampling loop is traced, starting from empty caches."""
     counted = []
-    inner = base.sampling.sample
+    inner = programs.sampling.sample
 
     def count(*args, **kwargs):
         counted.append(1)
         return inner(*args, **kwargs)
 
-    base.denoise.clear_cache()
-    monkeypatch.setattr(base.sampling, "sample", count)
+    programs.denoise.clear_cache()
+    monkeypatch.setattr(programs.sampling, "sample", count)
     yield counted
-    base.denoise.clear_cache()
+    programs.denoise.clear_cache()
 
 
 def _np(pipe, *args, **kwargs):
@@ -197,7 +197,7 @@ BAD = [
 @pytest.mark.parametrize(("arguments", "where", "message"), BAD, ids=[b[1] for b in BAD])
 def test_bad_calls_stop_before_any_network_runs(pipe, monkeypatch, arguments, where, message):
     for name in ("denoise", "decode", "draw"):
-        monkeypatch.setattr(base, name, None)
+        monkeypatch.setattr(programs, name, None)
     with pytest.raises(ConfigError, match=message) as caught:
         pipe("a boat", **arguments)
     assert caught.value.where == where

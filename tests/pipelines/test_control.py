@@ -8,8 +8,9 @@ from PIL import Image
 import cnxs_jax
 from cnxs_jax.convert import families
 from cnxs_jax.errors import ConfigError
-from cnxs_jax.pipelines import base, images, load
 from cnxs_jax.pipelines import control as controls
+from cnxs_jax.pipelines import images, load, programs
+from cnxs_jax.pipelines import request as requests
 from cnxs_jax.pipelines.control import Controller
 from cnxs_jax.pipelines.single_file import save_single_file
 from cnxs_jax.storage import write_json
@@ -73,7 +74,7 @@ def test_scale_and_interval(plain, pipe):
 
 def test_nothing_recompiles(pipe, monkeypatch):
     _np(pipe)
-    before = base.denoise._cache_size()
+    before = programs.denoise._cache_size()
     for change in (
         {"controlnet_conditioning_scale": 0.3},
         {"control_guidance_start": 0.5},
@@ -83,7 +84,7 @@ def test_nothing_recompiles(pipe, monkeypatch):
         {"prompt": "a red fox"},
     ):
         _np(pipe, **change)
-    assert base.denoise._cache_size() == before
+    assert programs.denoise._cache_size() == before
 
 
 def test_pictures_of_every_kind_are_the_same_hint(pipe):
@@ -99,7 +100,7 @@ def test_pictures_of_every_kind_are_the_same_hint(pipe):
 
 def test_size_is_that_of_the_picture(pipe):
     wide = Image.fromarray(np.round(tiny_sd.ramp(13, 21) * 255).astype(np.uint8))
-    control = base.controls.check(pipe.controllers, wide, 1.0, 0.0, 1.0, _request(pipe, ["a"], 1))
+    control = controls.check(pipe.controllers, wide, 1.0, 0.0, 1.0, _request(pipe, ["a"], 1))
     assert control.sides(None, None, pipe.multiple) == (12, 20)
     assert control.sides(24, None, pipe.multiple) == (24, 20)
 
@@ -110,16 +111,16 @@ def test_pictures_of_several_prompts(pipe):
     alone = [_np(pipe), _np(pipe, prompts[1], image=other, seed=[(0, 1)])]
     for both, one in zip(two, alone, strict=True):  # another batch size is another program
         assert np.abs(both - one[0]).max() <= 1e-4 * np.abs(one).max()
-    four = base.controls.check(
+    four = controls.check(
         pipe.controllers, [PICTURE, other], 1.0, 0.0, 1.0, _request(pipe, prompts, 2)
     )
-    cond = base.controls.condition(four, pipe.controllers, (8, 8), pipe, _request(pipe, prompts, 2))
+    cond = controls.condition(four, pipe.controllers, (8, 8), pipe, _request(pipe, prompts, 2))
     for row, want in enumerate((PICTURE, PICTURE, other, other)):
         np.testing.assert_array_equal(cond["hint"][row], want)
 
 
 def _request(pipe, prompts, repeats):
-    return base.requests.check(prompts, None, 2, 7.5, None, None, repeats, 0, None, "np")
+    return requests.check(prompts, None, 2, 7.5, None, None, repeats, 0, None, "np")
 
 
 def test_several_controllers(plain, pipe):
@@ -154,7 +155,7 @@ BAD = [
 @pytest.mark.parametrize(("arguments", "where", "message"), BAD)
 def test_bad_control_stops_before_any_network_runs(pipe, monkeypatch, arguments, where, message):
     for name in ("denoise", "decode", "draw"):
-        monkeypatch.setattr(base, name, None)
+        monkeypatch.setattr(programs, name, None)
     with pytest.raises(ConfigError, match=message) as caught:
         _np(pipe, **arguments)
     assert caught.value.where == where

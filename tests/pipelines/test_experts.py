@@ -13,7 +13,7 @@ from cnxs_jax import sharding
 from cnxs_jax.diffusion import sampling
 from cnxs_jax.errors import CheckpointError, ConfigError
 from cnxs_jax.models.vae import AutoencoderKL
-from cnxs_jax.pipelines import base
+from cnxs_jax.pipelines import base, programs
 from cnxs_jax.pipelines.control import Controller
 from cnxs_jax.pipelines.interface import Component
 from cnxs_jax.pipelines.load import save_model
@@ -283,10 +283,10 @@ def test_painted_words_reach_the_experts(sd):
 def test_seed_prompt_and_guidance_compile_nothing(sd):
     routed = sd.replace(experts=[{"below": 500, "model": other(sd)}])
     latents(routed)
-    before = base.denoise._cache_size()
+    before = programs.denoise._cache_size()
     latents(routed, seed=9, guidance_scale=4.0)
     routed(["a boat", "a fox"], num_inference_steps=STEPS, output_type="latent")
-    assert base.denoise._cache_size() == before
+    assert programs.denoise._cache_size() == before
 
 
 def small(pipe, **fields):

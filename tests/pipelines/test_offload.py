@@ -7,11 +7,13 @@ import pytest
 import cnxs_jax
 from cnxs_jax import sharding, tree
 from cnxs_jax.errors import ConfigError
-from cnxs_jax.pipelines import base
 from cnxs_jax.pipelines import control as controls
+from cnxs_jax.pipelines import programs
 from tests.pipelines import tiny
 
-STAGES = {"encode_picture": controls, "encode_text": base, "denoise": base, "decode": base}
+STAGES = {"encode_picture": controls} | dict.fromkeys(
+    ("encode_text", "denoise", "decode"), programs
+)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +62,7 @@ def test_only_the_running_network_is_on_the_device(stored, monkeypatch):
     monkeypatch.setattr(jax, "live_arrays", lambda: [x for x in real() if id(x) not in before])
     for name, room in STAGES.items():
         monkeypatch.setattr(room, name, watched(name, getattr(room, name)))
-    monkeypatch.setattr("cnxs_jax.pipelines.pixart.encode_text", base.encode_text)
+    monkeypatch.setattr("cnxs_jax.pipelines.pixart.encode_text", programs.encode_text)
     draw(pipe, image=np.zeros((tiny.SIDE, tiny.SIDE, 3), np.uint8))
     assert seen == {
         "encode_picture": {"vae"}, "encode_text": {"text_encoder"},

@@ -17,7 +17,7 @@ from cnxs_jax.control import controlnet
 from cnxs_jax.convert import controlnet_xs as layouts
 from cnxs_jax.convert import families, files, rules
 from cnxs_jax.errors import CheckpointError, ConfigError
-from cnxs_jax.pipelines import base
+from cnxs_jax.pipelines import programs
 from cnxs_jax.pipelines.control import Controller
 from cnxs_jax.pipelines.load import save_model
 from cnxs_jax.pipelines.stable_diffusion import StableDiffusionPipeline
@@ -166,7 +166,7 @@ BAD_HINTS = {
 def test_bad_hints_stop_before_any_network_runs(pipe, monkeypatch, case):
     image, message = BAD_HINTS[case]
     for name in ("denoise", "decode", "encode_text"):
-        monkeypatch.setattr(base, name, None)
+        monkeypatch.setattr(programs, name, None)
     several = {"prompt": ["a boat", "a red fox"]} if isinstance(image, list) else {}
     with pytest.raises(ConfigError, match=message) as caught:
         _latents(pipe, image=image, height=16, width=16, **several)

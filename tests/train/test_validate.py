@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 import configs.ediffi
 import configs.pixart
 import configs.pixart_lcm
+import configs.pixart_style
 import configs.scene_clip
 from cnxs_jax.errors import ConfigError
 from tests.train import toy
@@ -19,7 +20,9 @@ from train import validate
 # (recipe, key, value, a word of the message)
 TEACHER, VAE, LCM, TOY, LAYOUT = "teacher", "vae", "lcm", "toy", "layout"
 NAN, INF = float("nan"), float("inf")
-RECIPES = (configs.pixart, configs.pixart_lcm, configs.ediffi, configs.scene_clip)
+RECIPES = (
+    configs.pixart, configs.pixart_lcm, configs.pixart_style, configs.ediffi, configs.scene_clip,
+)  # fmt: skip
 REPORT = {"num_prompts": 4, "num_real": 4, "steps": (1, 2), "reference_steps": 5}
 BAD = [
     (TOY, "steps", 0, "steps"),

@@ -1,0 +1,182 @@
+"""A reference picture for a pipeline of text alone: its words, its weight, what is refused."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import cnxs_jax
+from cnxs_jax.errors import CheckpointError, ConfigError
+from cnxs_jax.models.clip import CLIPVisionModelWithProjection
+from cnxs_jax.models.style_words import StyleWords
+from cnxs_jax.pipelines import style
+from cnxs_jax.pipelines.base import Component
+from cnxs_jax.pipelines.load import save_model
+from tests.pipelines import tiny
+
+PICTURE = np.random.default_rng(0).integers(0, 256, (20, 24, 3), np.uint8)
+IMAGE = CLIPVisionModelWithProjection(
+    hidden_size=16, intermediate_size=32, projection_dim=6, num_hidden_layers=1,
+    num_attention_heads=2, image_size=16, patch_size=8,
+)  # fmt: skip
+WORDS = StyleWords(projection_dim=6, d_model=16, num_words=2, hidden_size=8)
+
+
+def write(root, words=WORDS, image=IMAGE):
+    """A style's directory of random networks."""
+    size = image.image_size
+    save_model(
+        image, tiny.perturbed(image, jnp.zeros((1, size, size, 3))), root / "clip_image_encoder"
+    )
+    save_model(words, tiny.perturbed(words, jnp.zeros((1, 6)), seed=1), root / "style_words")
+    return root
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """Directories of a pipeline and of a style for it."""
+    root = tmp_path_factory.mktemp("stored")
+    cnxs_jax.save_pipeline(tiny.pipeline(root / "tokens"), root / "pipe")
+    return root / "pipe", write(root / "style")
+
+
+@pytest.fixture(scope="module")
+def pipe(stored):
+    return cnxs_jax.load_pipeline(stored[0], style=stored[1])
+
+
+def drawn(pipe, prompt="a boat", **options):
+    options = {"num_inference_steps": 2, "output_type": "latent", **options}
+    return pipe(prompt, **options).images
+
+
+def difference(a, b):
+    return np.abs(a - b).max() / np.abs(b).max()
+
+
+def test_a_picture_changes_what_is_drawn_and_no_picture_changes_nothing(stored, pipe):
+    plain = drawn(cnxs_jax.load_pipeline(stored[0]))
+    np.testing.assert_array_equal(drawn(pipe), plain)
+    styled = drawn(pipe, style_image=PICTURE)
+    assert difference(styled, plain) > 1e-3
+    assert difference(drawn(pipe, style_image=255 - PICTURE), styled) > 1e-4
+
+
+def test_words_that_are_a_phrases_draw_what_the_phrase_draws(pipe):
+    """Whatever the picture: the second layer has these words as its bias and no weights."""
+    ids = pipe.tokenizer(" red fox", add_special_tokens=False)["input_ids"]
+    table = pipe.components["text_encoder"].params["shared"]["embedding"]
+    words = dataclasses.replace(WORDS, num_words=len(ids))
+    params = tiny.perturbed(words, jnp.zeros((1, 6)))
+    params["linear_2"] = {
+        "kernel": jnp.zeros((8, 16 * len(ids))),
+        "bias": table[jnp.array(ids)].reshape(-1),
+    }
+    own = pipe.replace(style=style.Style(pipe.style.image_encoder, Component(words, params)))
+    named = drawn(pipe, "a boat red fox")
+    assert difference(drawn(own, style_image=PICTURE), named) < 1e-5
+    assert difference(drawn(own), named) > 1e-2
+
+
+def test_the_weight_of_the_style(pipe):
+    """u + w (c - u) + v (s - c): the text alone with v = 0, both together with v = w."""
+    options = {"style_image": PICTURE, "guidance_scale": 3.0}
+    plain, styled = drawn(pipe, guidance_scale=3.0), drawn(pipe, **options)
+    assert difference(drawn(pipe, **options, style_scale=0.0), plain) < 1e-4
+    assert difference(drawn(pipe, **options, style_scale=3.0), styled) < 1e-4
+    assert difference(drawn(pipe, **options, style_scale=6.0), styled) > 1e-3
+
+
+def test_a_picture_does_not_depend_on_its_batch(pipe):
+    pictures = [PICTURE, 255 - PICTURE]
+    both = drawn(pipe, ["a boat", "two blue cats"], style_image=pictures, num_images_per_prompt=2)
+    for n, (prompt, picture) in enumerate(zip(["a boat", "two blue cats"], pictures, strict=True)):
+        seeds = [(0, 2 * n), (0, 2 * n + 1)]
+        alone = drawn(pipe, prompt, style_image=picture, num_images_per_prompt=2, seed=seeds)
+        assert difference(both[2 * n : 2 * n + 2], alone) < 1e-4
+
+
+@pytest.mark.parametrize("mode", ["model", "sequential"])
+def test_offloaded_networks_read_the_same_words(stored, pipe, mode):
+    own = cnxs_jax.load_pipeline(stored[0], style=stored[1], offload=mode)
+    assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(own.style.words.params))
+    found = drawn(own, style_image=PICTURE)
+    assert difference(found, drawn(pipe, style_image=PICTURE)) < 1e-5
+
+
+def test_experts_that_are_copies_see_the_reference(pipe):
+    copies = pipe.replace(experts=[{"below": 500, "model": pipe.components["transformer"][:2]}])
+    options = {"style_image": PICTURE, "num_inference_steps": 4}
+    found, alone = drawn(copies, **options), drawn(pipe, **options)
+    np.testing.assert_array_equal(found, alone)
+
+
+def test_painted_words_keep_their_places(pipe):
+    """Masks of ones add the same to all words of a phrase, with a reference or without."""
+    mask = np.zeros((16, 16), np.float32)
+    mask[:, :8] = 1
+    painted = drawn(pipe, style_image=PICTURE, word_masks={"boat": mask})
+    assert difference(painted, drawn(pipe, style_image=PICTURE)) > 1e-4
+    nothing = drawn(pipe, style_image=PICTURE, word_masks={"boat": np.zeros((16, 16))})
+    np.testing.assert_array_equal(nothing, drawn(pipe, style_image=PICTURE))
+
+
+def test_placeholders_stand_before_the_end_and_a_full_text_is_cut():
+    ids = np.array([[5, 6, 1, 0, 0], [5, 6, 7, 8, 1]], np.int32)
+    with pytest.warns(UserWarning, match="loses its last 2 tokens"):
+        found, mask = style.insert(ids, (ids > 0).astype(np.int32), 2)
+    np.testing.assert_array_equal(found, [[5, 6, -1, -2, 1], [5, 6, -1, -2, 1]])
+    np.testing.assert_array_equal(mask, np.ones((2, 5)))
+    with pytest.raises(ConfigError, match="4 style words in texts of 5 tokens"):
+        style.insert(ids, (ids > 0).astype(np.int32), 4)
+
+
+def test_it_is_taken_off_before_the_pipeline_is_saved(pipe, tmp_path):
+    with pytest.raises(ConfigError, match="no layout of style words"):
+        cnxs_jax.save_pipeline(pipe, tmp_path / "pipe")
+    off = pipe.replace(style=[])
+    cnxs_jax.save_pipeline(off, tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="without an image encoder"):
+        off("a boat", style_image=PICTURE)
+
+
+def test_the_result_says_what_was_asked(pipe):
+    options = {"style_image": PICTURE, "style_scale": 2.0, "num_inference_steps": 1}
+    assert pipe("a boat", **options).parameters[0]["style_scale"] == 2.0
+    assert "style_scale" not in pipe("a boat", num_inference_steps=1).parameters[0]
+
+
+BAD_CALLS = [
+    ({"style_scale": 2.0}, "needs a style_image"),
+    ({"style_image": PICTURE, "style_scale": 2.0, "guidance_scale": 1.0}, "guidance_scale > 1"),
+    ({"style_image": PICTURE, "style_scale": -1.0}, "number of 0 or more"),
+    ({"style_image": [PICTURE] * 2}, "2 pictures for 1 prompts"),
+    ({"style_image": PICTURE[..., :1]}, "one RGB image"),
+    ({"style_image": "a.png"}, "one RGB image"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_CALLS)
+def test_bad_calls_are_named(pipe, options, message):
+    with pytest.raises(ConfigError, match=message):
+        pipe("a boat", **options)
+
+
+def test_bad_styles_are_named(stored, tmp_path):
+    wide = write(tmp_path / "wide", dataclasses.replace(WORDS, d_model=24))
+    with pytest.raises(ConfigError, match="words of 24 channels for a text encoder of 16"):
+        cnxs_jax.load_pipeline(stored[0], style=wide)
+    with pytest.raises(ConfigError, match="expected a directory, got int"):
+        cnxs_jax.load_pipeline(stored[0], style=3)
+    with pytest.raises(CheckpointError, match="no directory clip_image_encoder"):
+        cnxs_jax.load_pipeline(stored[0], style=tmp_path)
+    apart = write(tmp_path / "apart", image=dataclasses.replace(IMAGE, projection_dim=8))
+    with pytest.raises(CheckpointError, match="pictures have 8 channels, 6 are read"):
+        cnxs_jax.load_pipeline(stored[0], style=apart)
+    (tmp_path / "swapped").mkdir()
+    for one, other in (("clip_image_encoder", "style_words"), ("style_words", "style_words")):
+        (tmp_path / "swapped" / one).symlink_to(stored[1] / other)
+    with pytest.raises(CheckpointError, match="they hold StyleWords and StyleWords"):
+        cnxs_jax.load_pipeline(stored[0], style=tmp_path / "swapped")
