@@ -100,7 +100,8 @@ def opened(name):
         raise errors.ConfigError(what, "--cascade", fix)
     able = name == "painting" or name == "style" and pipe.styled
     if not able and getattr(pipe, "stages", None) is None:
-        raise errors.ConfigError(f"{name} needs a cascade", "--cascade", "train configs/ediffi.py")
+        fix = "train configs/ediffi.py" + (", or give --style, too" if name == "style" else "")
+        raise errors.ConfigError(f"{name} needs a cascade", "--cascade", fix)
     return pipe
 
 

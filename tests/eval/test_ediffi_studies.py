@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -15,6 +16,8 @@ import cnxs_jax
 from cnxs_jax.data import emoji_scenes
 from cnxs_jax.errors import ConfigError
 from cnxs_jax.models.conditioning import MASKS, dropped
+from cnxs_jax.models.style_words import StyleWords
+from cnxs_jax.pipelines.load import save_model
 from cnxs_jax.sample import DEFAULT_MODEL
 from eval import ask
 from eval.ediffi import attention, encoders, experts, painting, style
@@ -40,7 +43,7 @@ def test_a_thing_counts_where_its_half_was_painted():
                                               for f in found])  # fmt: skip
 
 
-def test_only_painting_takes_a_pipeline_that_is_no_cascade(tmp_path):
+def test_only_painting_takes_any_pipeline_that_is_no_cascade(tmp_path):
     command = [sys.executable, "-m", "eval.ediffi", f"--cascade={DEFAULT_MODEL}"]
     refused = subprocess.run(
         [*command, "--study=style", f"--out={tmp_path}"], capture_output=True, text=True
@@ -49,7 +52,7 @@ def test_only_painting_takes_a_pipeline_that_is_no_cascade(tmp_path):
     # the last lines: with an old jaxlib, grain warns before them
     assert refused.stderr.splitlines()[-2:] == [
         "error: style needs a cascade [--cascade]",
-        "  fix: train configs/ediffi.py",
+        "  fix: train configs/ediffi.py, or give --style, too",
     ]
 
 
@@ -86,6 +89,23 @@ def test_what_the_embedding_of_a_reference_knows_bounds_the_style(monkeypatch):
     blind = [a | {"reference": white} for a in style.questions(256, 1)]
     monkeypatch.setattr(style, "questions", lambda number, seed: blind)
     assert style.told_by_clip(shipped, 0, fitted=192, judged=64)["value"] < 0.4
+
+
+def test_a_pixart_that_reads_references_is_studied_without_stages(tmp_path):
+    """Its references are told as well as the cascade's: it has the same CLIP."""
+    root = tmp_path / "style"
+    words = StyleWords(projection_dim=128, d_model=128, num_words=3, hidden_size=8)
+    params = words.init(jax.random.key(0), jnp.zeros((1, 128)))["params"]
+    save_model(words, params, root / "style_words")
+    assets = DEFAULT_MODEL.parent
+    shutil.copytree(assets / "scene_clip" / "clip_image_encoder", root / "clip_image_encoder")
+    reading = cnxs_jax.load_pipeline(DEFAULT_MODEL, style=root)
+    rows = style.rows_of(reading, style.questions(2, 0))
+    assert list(rows) == [
+        "no reference", "no reference, the prompt names the style", "as the text's",
+        "1.0", "2.0", "4.0", "8.0",
+    ]  # fmt: skip
+    assert style.told_by_clip(reading, 0, fitted=192, judged=64)["value"] >= 0.6
 
 
 def test_real_scenes_bound_what_the_larger_stages_keep_of_a_style():
