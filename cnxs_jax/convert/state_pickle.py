@@ -16,6 +16,7 @@ from cnxs_jax.errors import CheckpointError
 MAX_PICKLE = 16 * 2**20
 MAX_OPCODES = 50 * MAX_TENSORS  # a tensor and its name take about 35
 MAX_DEPTH = 64  # a tensor in an optimizer's state in a trainer's checkpoint: 8
+MAX_STACK = 3 * MAX_TENSORS  # values at once; a dict that is filled in one go: two a tensor
 MAX_BITS = 64
 STORAGES = {
     "DoubleStorage": "F64",
@@ -109,6 +110,8 @@ class Depths:
         """Does what one opcode does. Raises LookupError where the stack or memo is empty."""
         if name in ATOMS or name in EMPTY:
             self.stack.append(int(name in EMPTY))
+            if len(self.stack) > MAX_STACK:
+                raise fail(f"the pickle has more than {MAX_STACK} values at once", self.path)
         elif name in PUT:
             self.memo[argument] = self.stack[-1]
         elif name in GET:
@@ -123,6 +126,8 @@ class Depths:
         elif name == "MARK":
             self.marks.append(self.stack)
             self.stack = []
+            if len(self.marks) > MAX_DEPTH:  # each is for a container inside of the last one's
+                raise fail(f"the pickle nests values more than {MAX_DEPTH} deep", self.path)
         elif name in DROP:
             self.stack.pop()
         elif name != "PROTO":
