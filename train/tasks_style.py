@@ -14,7 +14,7 @@ from cnxs_jax.models.conditioning import clip_pixels
 from cnxs_jax.models.style_words import StyleWords, placeholders
 from cnxs_jax.models.t5 import T5Encoder
 from cnxs_jax.pipelines.load import load_model, save_model
-from cnxs_jax.pipelines.style import IMAGE_ENCODER, WORDS
+from cnxs_jax.pipelines.style import IMAGE_ENCODER, WORDS, insert
 from train import inputs, validate
 from train.loop import Task
 from train.parts import make
@@ -23,7 +23,7 @@ from train.parts import make
 def phrase(value, where):
     """A text with one `{}` for the style."""
     validate.text(value, where)
-    if value.count("{}") != 1 or value.replace("{}", "").count("{"):
+    if value.count("{}") != 1:
         raise ConfigError(f"{value!r} has not one {{}}", where, 'such as ", {} style"')
 
 
@@ -36,7 +36,18 @@ KEYS = {
         "words": {"num_words": validate.integer(1, 64), "hidden_size": validate.integer(1)},
     }
 }
-CONFLICTS = {}
+SHOWN = 3  # names in an error
+FIX = 'name each picture\'s style, in metadata.jsonl as {"style": "watercolor", ...}'
+
+
+def check(values, where):
+    for key in ("buckets", "tokenizer"):
+        if values["data"].get(key):
+            what = "pictures are cut to CLIP's square, and texts are read as text_path reads them"
+            raise ConfigError(what, f"{where}.data.{key}", "leave it out")
+
+
+CONFLICTS = {"style_words": check}
 
 
 def style_words(config):
@@ -98,7 +109,10 @@ class Captions:
     `ids`, `mask` [L]: the caption with placeholders of pseudo-words before its end. `named`,
     `named_mask` [L]: with the words of the style there. `place` [L]: where in the second each token
     of the first has its like; where words and placeholders differ in number, the nearest part.
-    A caption that names the style in these words loses them first.
+    A caption that names the style in these words loses them first; one that is too long its end.
+
+    Raises:
+        DataError: pictures of a folder without a style; and when an example is read, others.
     """
 
     keys = ("ids", "mask", "named", "named_mask", "place")
@@ -106,6 +120,11 @@ class Captions:
     def __init__(self, source, tokenizer, phrase, count, length):
         self.source, self.tokenizer, self.phrase = source, tokenizer, phrase
         self.count, self.length = count, length
+        entries = getattr(source, "entries", ())[: len(source)]
+        bare = [str(e.path) for e in entries if not e.style]
+        if bare:
+            names = ", ".join(bare[:SHOWN]) + (", ..." if len(bare) > SHOWN else "")
+            raise DataError(f"{len(bare)} pictures without a style: {names}", "data.root", FIX)
 
     def __len__(self):
         return len(self.source)
@@ -115,32 +134,28 @@ class Captions:
 
     def __getitem__(self, index):
         example = self.source[index]
-        style = example.get("style")
-        if not style:
-            fix = 'name each picture\'s style, in metadata.jsonl as {"style": "watercolor", ...}'
-            raise DataError("a picture without a style", f"example {index}", fix)
-        return {**example, **self.tokens(example["caption"], style, index)}
+        if not example.get("style"):
+            raise DataError("a picture without a style", f"example {index}", FIX)
+        return {**example, **self.tokens(example["caption"], example["style"])}
 
-    def tokens(self, caption, style, index):
+    def tokens(self, caption, style):
         """The arrays of `keys`."""
-        words = self.phrase.format(style)
-        caption = caption.replace(words, "")
-        both = [caption, caption + words]
-        ids, mask = caption_cleaning.tokenize(self.tokenizer, both, self.length)
-        before, whole = int(mask[0].sum()) - 1, int(mask[1].sum())
-        number = whole - 1 - before
-        if number < 1 or before + self.count + 1 > self.length:
-            what = f"caption and style are too long for {self.length} tokens"
-            raise DataError(what, f"example {index}", "config.data.max_length")
-        own, place = np.zeros(self.length, np.int32), np.zeros(self.length, np.int32)
-        own[:before], place[:before] = ids[1][:before], np.arange(before)
-        own[before : before + self.count] = placeholders(self.count)
-        part = np.arange(self.count) * number // self.count
+        phrase = caption_cleaning.clean_caption("a" + self.phrase.replace("{}", style))[1:]
+        caption = caption_cleaning.clean_caption(caption).replace(phrase, "")
+        words = self.tokenizer("a" + phrase)["input_ids"]
+        words = words[len(self.tokenizer("a")["input_ids"]) - 1 : -1]
+        room = max(self.count, len(words))
+        if not words or room > self.length - 2:
+            what = f"{phrase!r} has {len(words)} tokens, texts {self.length}"
+            raise DataError(what, "config.phrase", "config.data.max_length")
+        ids, mask = caption_cleaning.tokenize(self.tokenizer, caption, self.length - room)
+        own, own_mask = insert(ids, mask, placeholders(self.count), self.length)
+        named, named_mask = insert(ids, mask, words, self.length)
+        before, place = int(mask.sum()) - 1, np.arange(self.length)
+        part = np.arange(self.count) * len(words) // self.count
         place[before : before + self.count] = before + part
-        end = before + self.count
-        own[end], place[end] = ids[1][whole - 1], whole - 1
-        there = (np.arange(self.length) <= end).astype(np.int32)
-        found = (own, there, ids[1], mask[1], place)
+        place[before + self.count :] = before + len(words)  # the end; padding counts for nothing
+        found = (own[0], own_mask[0], named[0], named_mask[0], place.astype(np.int32))
         return dict(zip(self.keys, found, strict=True))
 
 

@@ -16,7 +16,7 @@ from cnxs_jax import tree as trees
 from cnxs_jax.control import controlnet, controlnet_xs
 from cnxs_jax.control.controlled_unet import COMPAT
 from cnxs_jax.control.xs_sizes import INFUSIONS, TYPES
-from cnxs_jax.convert import families
+from cnxs_jax.convert import examples
 from cnxs_jax.data import text as texts
 from cnxs_jax.diffusion import sampling
 from cnxs_jax.errors import ConfigError
@@ -167,8 +167,8 @@ def base(config):
 
     def init(key):
         key_unet, key_text = jax.random.split(key)
-        params = unet.init(key_unet, *families.unet_example(unet))["params"]
-        ids = families.clip_text_example(text)
+        params = unet.init(key_unet, *examples.unet_example(unet))["params"]
+        ids = examples.clip_text_example(text)
         return {"unet": zeroed(params), "text_encoder": text.init(key_text, *ids)["params"]}
 
     if config.get("init_path"):
@@ -176,7 +176,7 @@ def base(config):
     run = sampling.denoiser(unet)
     if terms:
         run, concepts = layout.tapped_unet(unet), len(inputs.world(config).concepts)
-        _, t, cond = families.unet_example(unet)
+        _, t, cond = examples.unet_example(unet)
         example = jnp.zeros((1, *latent_sides(unet.sample_size), unet.in_channels)), t, cond
         shapes = jax.eval_shape(unet.init, jax.random.key(0), *example)["params"]
         _, patches, features = jax.eval_shape(run, shapes, *example)[1].shape

@@ -6,9 +6,17 @@ import types
 import typing
 
 import jax
-import jax.numpy as jnp
 
-from cnxs_jax.convert import clip, controlnet_xs, pixart, pixart_control, t5, unet, vae
+from cnxs_jax.convert import (
+    clip,
+    controlnet_xs,
+    examples,
+    pixart,
+    pixart_control,
+    t5,
+    unet,
+    vae,
+)
 from cnxs_jax.convert.rules import Table
 from cnxs_jax.errors import CnxsError, ConfigError, did_you_mean
 
@@ -50,123 +58,12 @@ class Family:
         return getattr(importlib.import_module(package), name)
 
 
-def pixart_example(module):
-    p = module.patch_size
-    cond = {
-        "text": jnp.zeros((1, 1, module.caption_channels)),
-        "size": jnp.zeros((1, 2)),
-        "aspect": jnp.zeros((1, 1)),
-    }
-    return jnp.zeros((1, p, p, module.in_channels)), jnp.zeros((1,)), cond
-
-
-def pixart_extras(module):
-    return {
-        "norm_type": "ada_norm_single",
-        "activation_fn": "gelu-approximate",
-        "attention_bias": True,
-        "norm_elementwise_affine": False,
-        "norm_eps": 1e-6,
-        "num_embeds_ada_norm": 1000,
-    }
-
-
-def pixart_control_example(module):
-    tokens, modulation = jnp.zeros((1, 1, module.features)), jnp.zeros((1, 6, module.features))
-    return tokens, {"hint": tokens, "kv": None}, (modulation, tokens, None, None)
-
-
-def vae_example(module):
-    side = 2 ** (len(module.block_out_channels) - 1)
-    return (jnp.zeros((1, side, side, module.in_channels)),)
-
-
-def vae_extras(module):
-    n = len(module.block_out_channels)
-    return {
-        "down_block_types": ["DownEncoderBlock2D"] * n,
-        "up_block_types": ["UpDecoderBlock2D"] * n,
-    }
-
-
-def t5_example(module):
-    return jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), jnp.int32)
-
-
-def t5_extras(module):
-    return {
-        "model_type": "t5",
-        "is_encoder_decoder": False,
-        "use_cache": False,
-        "tie_word_embeddings": True,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-    }
-
-
-def unet_example(module):
-    side, added = 2 ** (len(module.block_out_channels) - 1), {}
-    if module.addition_embed_type:
-        # Only the sum of their widths is known: one number and a pooled text that fills the rest.
-        rest = module.projection_class_embeddings_input_dim - module.addition_time_embed_dim
-        added = {"pooled": jnp.zeros((1, rest)), "time_ids": jnp.zeros((1, 1))}
-    text = jnp.zeros((1, 1, module.cross_attention_dim))
-    cond = {"text": text, "guidance": jnp.zeros((1,)), **added}
-    return jnp.zeros((1, side, side, module.in_channels)), jnp.zeros((1,)), cond
-
-
-def unet_extras(module):
-    return unet.EXTRAS
-
-
-def controlnet_xs_example(module):
-    side = 2 ** (len(module.block_out_channels) - 1)
-    pixels = side * module.hint_factor
-    hint = jnp.zeros((1, pixels, pixels, module.conditioning_channels))
-    text = jnp.zeros((1, 1, module.cross_attention_dim))
-    return jnp.zeros((1, side, side, module.in_channels)), hint, text
-
-
-def controlnet_example(module):
-    x, t, cond = unet_example(module)
-    pixels = x.shape[1] * module.hint_factor
-    return x, t, jnp.zeros((1, pixels, pixels, module.conditioning_channels)), cond
-
-
-def clip_text_example(module):
-    return (jnp.zeros((1, 2), jnp.int32),)
-
-
-def clip_text_extras(module):
-    return {"model_type": "clip_text_model", "bos_token_id": 0, "pad_token_id": 1}
-
-
-def clip_vision_example(module):
-    return (jnp.zeros((1, module.image_size, module.image_size, module.num_channels)),)
-
-
-def clip_vision_extras(module):
-    return {"model_type": "clip_vision_model"}
-
-
-def pixel_unet_example(module):
-    # 2 to the number of levels: an efficient stage halves once a level.
-    side, low = 2 ** len(module.block_out_channels), {}
-    if module.low_res_channels:
-        low = {"low_res": jnp.zeros((1, 1, 1, module.low_res_channels))}
-    return jnp.zeros((1, side, side, module.in_channels)), jnp.zeros((1,)), low
-
-
-def style_words_example(module):
-    return (jnp.zeros((1, module.projection_dim)),)
-
-
 FAMILIES = (
     Family(
         ("PixArtTransformer2DModel", "Transformer2DModel"),
         "cnxs_jax.models.dit:PixArt",
         pixart.DIFFUSERS,
-        pixart_example,
+        examples.pixart_example,
         supported={
             "norm_type": ("ada_norm_single",),
             "activation_fn": ("gelu-approximate",),
@@ -175,13 +72,13 @@ FAMILIES = (
             "norm_eps": (1e-6,),
             "attention_type": ("default",),
         },
-        extras=pixart_extras,
+        extras=examples.pixart_extras,
     ),
     Family(
         ("AutoencoderKL",),
         "cnxs_jax.models.vae:AutoencoderKL",
         vae.OLD_ATTENTION,
-        vae_example,
+        examples.vae_example,
         supported={
             "down_block_types": ("DownEncoderBlock2D",),
             "up_block_types": ("UpDecoderBlock2D",),
@@ -189,23 +86,23 @@ FAMILIES = (
             "latents_mean": (None,),
             "latents_std": (None,),
         },
-        extras=vae_extras,
+        extras=examples.vae_extras,
         save_table=vae.DIFFUSERS,
     ),
     Family(
         ("T5EncoderModel", "T5ForConditionalGeneration", "T5Model"),
         "cnxs_jax.models.t5:T5Encoder",
         t5.TRANSFORMERS,
-        t5_example,
+        examples.t5_example,
         supported={"model_type": ("t5",)},
-        extras=t5_extras,
+        extras=examples.t5_extras,
         stem="model",
     ),
     Family(
         ("PixArtControlNetAdapterModel",),
         "cnxs_jax.control.controlnet_transformer:ControlNetTransformer",
         pixart_control.DIFFUSERS,
-        pixart_control_example,
+        examples.pixart_control_example,
         supported={},
         extras=lambda module: {},
     ),
@@ -213,15 +110,15 @@ FAMILIES = (
         ("UNet2DConditionModel",),
         "cnxs_jax.models.unet:UNet",
         unet.DIFFUSERS,
-        unet_example,
+        examples.unet_example,
         supported=unet.SUPPORTED,
-        extras=unet_extras,
+        extras=examples.unet_extras,
     ),
     Family(
         ("ControlNetXSAdapter",),
         "cnxs_jax.control.controlnet_xs:ControlNetXS",
         controlnet_xs.DIFFUSERS,
-        controlnet_xs_example,
+        examples.controlnet_xs_example,
         supported={},
         extras=lambda module: {},
     ),
@@ -229,7 +126,7 @@ FAMILIES = (
         ("ControlNetModel",),
         "cnxs_jax.control.controlnet:ControlNet",
         unet.DIFFUSERS,
-        controlnet_example,
+        examples.controlnet_example,
         supported=unet.CONTROLNET,
         extras=lambda module: {key: values[0] for key, values in unet.CONTROLNET.items()},
     ),
@@ -237,34 +134,34 @@ FAMILIES = (
         ("CLIPTextModel",),
         "cnxs_jax.models.clip:CLIPTextModel",
         clip.TEXT,
-        clip_text_example,
+        examples.clip_text_example,
         supported={"model_type": ("clip_text_model",)},
-        extras=clip_text_extras,
+        extras=examples.clip_text_extras,
         stem="model",
     ),
     Family(
         ("CLIPTextModelWithProjection",),
         "cnxs_jax.models.clip:CLIPTextModelWithProjection",
         clip.TEXT,
-        clip_text_example,
+        examples.clip_text_example,
         supported={"model_type": ("clip_text_model",)},
-        extras=clip_text_extras,
+        extras=examples.clip_text_extras,
         stem="model",
     ),
     Family(
         ("CLIPVisionModelWithProjection",),
         "cnxs_jax.models.clip:CLIPVisionModelWithProjection",
         clip.VISION,
-        clip_vision_example,
+        examples.clip_vision_example,
         supported={"model_type": ("clip_vision_model",)},
-        extras=clip_vision_extras,
+        extras=examples.clip_vision_extras,
         stem="model",
     ),
     Family(
         ("PixelUNet",),  # this library's own layout: nobody else has eDiff-I's networks
         "cnxs_jax.models.pixel_unet:PixelUNet",
         Table(),
-        pixel_unet_example,
+        examples.pixel_unet_example,
         supported={},
         extras=lambda module: {},
     ),
@@ -272,7 +169,7 @@ FAMILIES = (
         ("StyleWords",),  # this library's own, too
         "cnxs_jax.models.style_words:StyleWords",
         Table(),
-        style_words_example,
+        examples.style_words_example,
         supported={},
         extras=lambda module: {},
     ),

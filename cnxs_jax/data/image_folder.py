@@ -33,9 +33,6 @@ class Entry:
     caption: str
     style: str | None = None
 
-    def __str__(self):
-        return f"{self.caption}\t{self.style}" if self.style else self.caption
-
 
 class ImageFolder:
     """An indexable source: `source[i] -> {"image" uint8 [H,W,3], "caption", "original_size"}`.
@@ -55,7 +52,7 @@ class ImageFolder:
         self.root = pathlib.Path(root).expanduser()
         self.entries = find(self.root)
         self.size = size
-        listing = "\n".join(f"{e.path.relative_to(self.root)}\t{e}" for e in self.entries)
+        listing = "\n".join(f"{e.path.relative_to(self.root)}\t{e.caption}" for e in self.entries)
         self.fingerprint = hashlib.sha256(listing.encode()).hexdigest()[:16]
 
     def __len__(self):
@@ -138,17 +135,16 @@ def read_metadata(file):
         try:
             row = json.loads(line)
             path, caption = file.parent / row["file_name"], row["text"]
-            style = row.get("style")
         except (ValueError, KeyError, TypeError) as error:
             fix = 'one JSON object a line: {"file_name": "cat.jpg", "text": "a cat"}'
             raise errors.DataError(f"cannot be read: {error!r}", where, fix) from None
         if not isinstance(caption, str) or not caption.strip():
             raise errors.DataError(f"no caption for {row['file_name']}", where)
-        if style is not None and (not isinstance(style, str) or not style.strip()):
-            raise errors.DataError(f"style {style!r} of {row['file_name']} is no words", where)
         if not path.is_file():
             raise errors.DataError(f"{row['file_name']} is not in the folder", where)
-        entries[path] = Entry(path, caption.strip(), style and style.strip())
+        style = row.get("style")  # words, or another data set's own column of that name
+        style = style.strip() if isinstance(style, str) else None
+        entries[path] = Entry(path, caption.strip(), style or None)
     return entries
 
 

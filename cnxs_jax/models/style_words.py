@@ -9,6 +9,7 @@ into context, and it and the denoiser stay as they are.
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 
 from cnxs_jax.models.activations import gelu_tanh
 from cnxs_jax.models.layers import Dense
@@ -44,7 +45,7 @@ class StyleWords(nn.Module):
 
 def placeholders(count):
     """Ids that stand for pseudo-words: -1, -2, ..., which no tokenizer gives."""
-    return -1 - jnp.arange(count, dtype=jnp.int32)
+    return -1 - np.arange(count, dtype=np.int32)
 
 
 def with_words(x_BxLxD, ids_BxL, words_BxnxD):

@@ -185,11 +185,12 @@ class Pipeline(TextToImage):
 
     def with_style(self, given):
         """The same with this reader of reference pictures, or without one."""
-        if self.style_reader is None and given not in (None, [], ()):
-            requests.refuse_parts(self.class_name, style=given)
         found = styles.open_style(given, self.mesh, self.offload)
+        if found is not None and self.style_reader is None:
+            requests.refuse_parts(self.class_name, style=given)
         if found is not None:
-            styles.check(found, self.components[self.style_reader].module)
+            encoder = self.components[self.style_reader].module
+            styles.check(found, encoder, min(length for _, length in self.contexts()))
         return dataclasses.replace(self, style=found)
 
     @classmethod
@@ -295,7 +296,10 @@ class Pipeline(TextToImage):
         if request.word_masks is None:
             return {}, {}
         prompts = [self.clean(text) for text in request.prompts]
-        found = word_condition(self.contexts(), prompts, request.word_masks, latent_size)
+        taken = 0 if self.style is None or request.style is None else self.style.count
+        contexts = [(tokenizer, length - taken) for tokenizer, length in self.contexts()]
+        words, null = word_condition(contexts, prompts, request.word_masks, latent_size)
+        found = (styles.counted(words, taken) if taken else words), null
         if not found[0]["word_mask"].any():
             return {}, {}
         return tuple(programs.repeated(part, request.repeats) for part in found)

@@ -91,7 +91,7 @@ class EDiffIPipeline(TextToImage):
         )
         rows = [request_of(given, steps, scale) for steps, scale in amounts]
         self.check_size(rows[0])
-        styles.check_scale(style_scale, style_image is not None and rows[0].guided)
+        style_scale = styles.check_scale(style_scale, style_image is not None and rows[0].guided)
         with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
             x = self.drawn(rows, style_image, style_scale)
         return self.result(np.asarray(x, np.float32)[: rows[0].batch], rows, style_scale)

@@ -73,6 +73,8 @@ class Expert:
     def pipeline(self, main):
         """What draws with this expert alone."""
         pipe = self.pipe
+        if pipe is not None and main.style is not None and pipe.style is None:
+            pipe = pipe.with_style(main.style)  # or the reference would be forgotten on the way
         if pipe is None:
             components = {**main.components, main.denoiser: self.denoiser}
             null = main.null_text if self.null_text is None else self.null_text
@@ -355,8 +357,7 @@ def _sees_the_same(pipe, main):
     own, other = (p.components[p.denoiser].module for p in (pipe, main))
     shared = {name: part for name, part in main.components.items() if name != main.denoiser}
     rest = all(pipe.components.get(name) is part for name, part in shared.items())
-    rest = rest and all(
-        getattr(pipe, n) is getattr(main, n) for n in ("tokenizer", "null_text", "style")
-    )
+    texts = ("tokenizer", "null_text", "style")
+    rest = rest and all(getattr(pipe, name) is getattr(main, name) for name in texts)
     kind = type(pipe) is type(main) and pipe.options == main.options
     return rest and kind and own == other and pipe.controllers is main.controllers

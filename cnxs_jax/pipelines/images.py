@@ -43,7 +43,7 @@ def to_array(image):
     if hasattr(image, "convert"):
         image = pixels.rgb(image)
     image = np.asarray(image)
-    if image.ndim != 3 or image.shape[-1] != 3:
+    if image.ndim != 3 or image.shape[-1] != 3 or not image.size:
         raise ConfigError(f"expected one RGB image [H,W,3], got shape {image.shape}", "images")
     if image.dtype == np.uint8:
         return image.astype(np.float32) / 255.0

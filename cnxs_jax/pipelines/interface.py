@@ -34,7 +34,7 @@ class TextToImage:
     Attributes:
         class_name: the name in model_index.json.
         controllers: what is attached to the denoiser; a call takes their control pictures.
-        styled: whether a call takes a reference picture.
+        styled: whether a call takes a reference picture, for which it needs `style_part`.
         multiple: what the sides in pixels must be multiples of.
         guidance_is_input: whether the network itself takes the guidance scale, in one evaluation.
     """
@@ -42,6 +42,7 @@ class TextToImage:
     class_name: ClassVar[str]
     controllers = ()
     styled = False
+    style_part = "an image encoder"
     multiple = 1
     guidance_is_input = False
 
@@ -105,7 +106,7 @@ class TextToImage:
         given = locals()
         needed = (
             (CONTROL, self.controllers, "a controller"),
-            (STYLE, self.styled, "an image encoder"),
+            (STYLE, self.styled, self.style_part),
         )
         for arguments, there, part in needed:
             if not there:

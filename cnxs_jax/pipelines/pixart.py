@@ -4,6 +4,7 @@ import jax.numpy as jnp
 
 from cnxs_jax.data import caption_cleaning
 from cnxs_jax.data import text as tokens
+from cnxs_jax.models.style_words import placeholders
 from cnxs_jax.pipelines import style as styles
 from cnxs_jax.pipelines.base import Pipeline
 from cnxs_jax.pipelines.programs import encode_text, repeated
@@ -21,6 +22,7 @@ class PixArtAlphaPipeline(Pipeline):
     class_name = "PixArtAlphaPipeline"
     denoiser = "transformer"
     style_reader = "text_encoder"
+    style_part = "style words (`style`; configs/pixart_style.py trains them)"
     # Directory -> (library, class) written to model_index.json, in diffusers' order.
     classes = {
         "scheduler": ("diffusers", None),
@@ -52,16 +54,20 @@ class PixArtAlphaPipeline(Pipeline):
         given = request.style if self.style is not None else None
         words = None if given is None else self.style.read(given.pictures, self.run)
         cond = self._text(request.prompts, request.repeats, words)
-        if given is not None and given.scale is not None:
-            cond["unstyled"] = self._text(request.prompts, request.repeats)
-            cond["style_scale"] = jnp.full((request.batch,), given.scale, jnp.float32)
+        own_mask = None  # of the prompt without the words of a style
+        if given is not None and (given.scale is not None or self.null_text is not None):
+            plain = self._text(request.prompts, request.repeats)
+            own_mask = plain["text_mask"]
+            if given.scale is not None:
+                cond["unstyled"] = plain
+                cond["style_scale"] = jnp.full((request.batch,), given.scale, jnp.float32)
         if self.components["transformer"].module.micro_conditioning:
             batch = (request.batch, 1)
             cond["size"] = jnp.tile(jnp.asarray([size], jnp.float32), batch)
             cond["aspect"] = jnp.full(batch, size[0] / size[1], jnp.float32)
         if request.guided:
             cond["guidance_scale"] = jnp.full((request.batch,), request.guidance, jnp.float32)
-            cond["null"] = self._null(request)
+            cond["null"] = self._null(request, own_mask)
         return cond
 
     @property
@@ -74,10 +80,12 @@ class PixArtAlphaPipeline(Pipeline):
         """The text as PixArt was trained on it."""
         return caption_cleaning.clean_caption(text)
 
-    def _null(self, request):
+    def _null(self, request, own_mask):
+        """What is read without the prompt; a learned null under `own_mask`, unless that is None."""
         if self.null_text is not None and request.negatives is None:
             null = self.null_text[: self.max_tokens]
-            return {"text": jnp.broadcast_to(null, (request.batch, *null.shape))}
+            found = {"text": jnp.broadcast_to(null, (request.batch, *null.shape))}
+            return found if own_mask is None else {**found, "text_mask": own_mask}
         # One row serves all images where there is no negative prompt.
         if request.negatives is None:
             return self._text([""], request.batch)
@@ -85,9 +93,11 @@ class PixArtAlphaPipeline(Pipeline):
 
     def _text(self, texts, repeats, words=None):
         """`text` and `text_mask` of a list of texts, with pseudo-words [texts,n,D] in each."""
-        ids, mask = caption_cleaning.tokenize(self.tokenizer, texts, self.max_tokens)
+        length = self.max_tokens - (0 if words is None else self.style.count)
+        ids, mask = caption_cleaning.tokenize(self.tokenizer, texts, length)
         if words is not None:
-            ids, mask = styles.insert(ids, mask, self.style.count)
+            places = placeholders(self.style.count)
+            ids, mask = styles.insert(ids, mask, places, self.max_tokens)
         ids, mask = jnp.asarray(ids), jnp.asarray(mask)
         inputs = self._rows((ids, mask) if words is None else (ids, mask, words))
         text = self.run(self.components["text_encoder"], encode_text, *inputs)

@@ -11,21 +11,18 @@ The words stand behind the prompt's own, before its end token. A cascade has its
 """
 
 import dataclasses
-import math
-import numbers
 import os
 import pathlib
-import warnings
 
 import jax.numpy as jnp
 import numpy as np
 
 from cnxs_jax.errors import CheckpointError, ConfigError
 from cnxs_jax.models.conditioning import clip_pixels
-from cnxs_jax.models.style_words import placeholders
 from cnxs_jax.pipelines import images as pictures
 from cnxs_jax.pipelines import offload as offloading
 from cnxs_jax.pipelines import programs
+from cnxs_jax.pipelines import request as requests
 from cnxs_jax.pipelines.interface import Component
 from cnxs_jax.pipelines.load import place, read_model
 
@@ -83,6 +80,9 @@ def open_style(given, mesh=None, offload=None):
         what = f"expected a directory, got {type(given).__name__}"
         raise ConfigError(what, "style", "what configs/pixart_style.py trains")
     root, found = pathlib.Path(given), {}
+    if not root.is_dir():
+        fix = "give the export of a run of configs/pixart_style.py"
+        raise CheckpointError("there is no such directory", str(root), fix)
     for name in (IMAGE_ENCODER, WORDS):
         if not (root / name).is_dir():
             fix = "give the export of a run of configs/pixart_style.py"
@@ -103,20 +103,23 @@ def open_style(given, mesh=None, offload=None):
     return style
 
 
-def check(style, text_encoder):
-    """Raises ConfigError where the pseudo-words do not fit the text encoder `module`."""
-    if style is not None and style.words.module.d_model != text_encoder.d_model:
+def check(style, text_encoder, length):
+    """Raises ConfigError where the words do not fit the encoder `module`, or texts of `length`."""
+    if style.words.module.d_model != text_encoder.d_model:
         widths = style.words.module.d_model, text_encoder.d_model
         what = "words of {} channels for a text encoder of {}".format(*widths)
         raise ConfigError(what, "style", "train it with this pipeline's text encoder")
+    if style.count > length - 2:
+        what = f"{style.count} words in texts of {length} tokens"
+        raise ConfigError(what, "style", "train fewer, --config.words.num_words")
 
 
 def reference(style_image, style_scale, request):
     """The `Reference` of a call's arguments, None without a picture. Raises ConfigError."""
-    check_scale(style_scale, style_image is not None and request.guided)
+    scale = check_scale(style_scale, style_image is not None and request.guided)
     if style_image is None:
         return None
-    return Reference(one_a_prompt(style_image, len(request.prompts)), style_scale)
+    return Reference(one_a_prompt(style_image, len(request.prompts)), scale)
 
 
 def one_a_prompt(style_image, count):
@@ -125,7 +128,10 @@ def one_a_prompt(style_image, count):
     given = list(style_image) if several else [style_image] * count
     if len(given) != count:
         raise ConfigError(f"{len(given)} pictures for {count} prompts", "style_image")
-    return [pictures.to_array(picture) for picture in given]
+    try:
+        return [pictures.to_array(picture) for picture in given]
+    except ConfigError as error:
+        raise ConfigError(error.what, "style_image", error.fix) from None
 
 
 def clip_input(given, size):
@@ -134,33 +140,32 @@ def clip_input(given, size):
 
 
 def check_scale(style_scale, usable):
-    """Raises ConfigError for a weight that is no number, or that nothing would be weighed by."""
+    """The weight or None; ConfigError for what is no number, or would weigh nothing."""
     if style_scale is None:
-        return
-    number = isinstance(style_scale, numbers.Real) and not isinstance(style_scale, bool)
-    if not number or not 0 <= style_scale < math.inf:
-        raise ConfigError(f"expected a number of 0 or more, got {style_scale!r}", "style_scale")
+        return None
+    scale = requests.guidance_scale(style_scale, "style_scale")
     if not usable:
         raise ConfigError("it needs a style_image and guidance_scale > 1", "style_scale")
+    return scale
 
 
-def insert(ids_BxL, mask_BxL, count):
-    """Ids and mask with `count` placeholders before each text's end token, numpy [B,L].
+def insert(ids_BxL, mask_BxL, words, length):
+    """Ids and mask [B,length] with the ids `words` [n] before each text's end token, numpy.
 
-    A text that fills its row loses its last words to them.
+    The texts leave room for them: L + n is at most `length`.
     """
-    ids, mask = np.array(ids_BxL), np.array(mask_BxL)
-    length = ids.shape[1]
-    if count > length - 2:
-        what = f"{count} style words in texts of {length} tokens"
-        raise ConfigError(what, "style", "train fewer, --config.words.num_words")
+    ids, mask = (np.pad(a, ((0, 0), (0, length - a.shape[1]))) for a in (ids_BxL, mask_BxL))
     for row, there in zip(ids, mask, strict=True):
-        used = int(there.sum())
-        start, end = min(used - 1, length - count - 1), row[used - 1]
-        if start < used - 1:
-            text = f"a prompt loses its last {used - 1 - start} tokens to the style's words"
-            warnings.warn(text, stacklevel=2)
-        row[start : start + count] = placeholders(count)
-        row[start + count] = end
-        there[: start + count + 1] = 1
+        start = int(there.sum()) - 1
+        row[start : start + len(words) + 1] = [*words, row[start]]
+        there[: start + len(words) + 1] = 1
     return ids, mask
+
+
+def counted(painted, count):
+    """Painted words' `cond` of L tokens as one of L + count: pseudo-words count, unpainted."""
+    tokens, mask = painted["word_tokens"], painted["word_mask"]
+    own, places = tokens.sum(1, keepdims=True), np.arange(tokens.shape[1] + count)[None]
+    tokens = np.pad(tokens, ((0, 0), (0, count))) | ((places >= own) & (places < own + count))
+    mask = np.pad(mask, ((0, 0), (0, 0), (0, 0), (0, count)))
+    return {**painted, "word_tokens": tokens, "word_mask": mask}

@@ -86,6 +86,8 @@ def test_understood(page, words):
     if module == "cnxs_jax.sample":
         there = f"--image={ROOT / 'docs/results/pictures/pixart_control.png'}"
         arguments = [there if a.startswith("--image=") else a for a in arguments]
+        reference = there.replace("--image", "--style_image")
+        arguments = [reference if a.startswith("--style_image=") else a for a in arguments]
         sample.parse([a for a in arguments if not a.startswith("--model=")])
     elif module == "cnxs_jax.demo":  # a server; tests/demo runs it
         demo.parse(arguments)

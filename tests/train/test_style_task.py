@@ -11,15 +11,14 @@ import cnxs_jax
 import configs.pixart_style
 from cnxs_jax.data.text import load_tokenizer
 from cnxs_jax.errors import ConfigError, DataError
+from cnxs_jax.sample import DEFAULT_MODEL
 from train import loop, validate
 from train.tasks_style import Captions
-
-ASSETS = cnxs_jax.__path__[0] + "/assets"
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_tokenizer(f"{ASSETS}/pixart_tiny/tokenizer")
+    return load_tokenizer(DEFAULT_MODEL / "tokenizer")
 
 
 def tokens(tokenizer, ids):
@@ -46,19 +45,29 @@ def test_another_number_of_pseudo_words_is_spread_over_the_styles_own(tokenizer,
     assert found["mask"].sum() == 3 + count
 
 
-def test_pictures_without_a_style_and_long_captions_are_named(tokenizer):
-    source = [{"caption": "a crab"}, {"caption": "a crab and a fish", "style": "flat"}]
-    captions = Captions(source, tokenizer, ", {} style", 3, 6)
-    with pytest.raises(DataError, match="without a style"):
-        captions[0]
-    with (
-        pytest.warns(UserWarning, match="caption"),
-        pytest.raises(DataError, match="too long for 6"),
-    ):
-        captions[1]
+def test_a_long_caption_loses_its_end_and_no_style(tokenizer):
+    source = [{"caption": "a crab and a fish", "style": "flat"}]
+    with pytest.warns(UserWarning, match="dropped: 'and a fish'"):
+        found = Captions(source, tokenizer, ", {} style", 1, 6)[0]
+    assert tokens(tokenizer, found["ids"]) == ["▁a", "▁crab", -1, "</s>"]
+    assert tokens(tokenizer, found["named"]) == ["▁a", "▁crab", ",", "▁flat", "▁style", "</s>"]
 
 
-@pytest.mark.parametrize("text", ["style", "{} in {}", "{name} style", "{} {x}"])
+def test_examples_without_a_style_and_too_little_room_are_named(tokenizer):
+    with pytest.raises(DataError, match="a picture without a style"):
+        Captions([{"caption": "a crab"}], tokenizer, ", {} style", 3, 16)[0]
+    with pytest.raises(DataError, match="', flat style' has 3 tokens, texts 4"):
+        Captions([{"caption": "a crab", "style": "flat"}], tokenizer, ", {} style", 1, 4)[0]
+
+
+def test_what_the_task_would_ignore_is_refused():
+    config = configs.pixart_style.get_config("smoke")
+    config.data.buckets = True
+    with pytest.raises(ConfigError, match="cut to CLIP's square"):
+        validate.check(config)
+
+
+@pytest.mark.parametrize("text", ["style", "{} in {}", "{name} style"])
 def test_a_phrase_has_one_place_for_the_style(text):
     config = configs.pixart_style.get_config("smoke")
     config.phrase = text
@@ -95,7 +104,7 @@ def test_words_start_as_the_mean_of_those_that_name_styles(tmp_path):
     task = task_of(tmp_path)
     bias = jax.jit(task.params)(jax.random.key(0))["linear_2"]["bias"].reshape(3, -1)
     table = task.frozen["text"]["shared"]["embedding"]
-    ids = load_tokenizer(f"{ASSETS}/pixart_tiny/tokenizer").convert_tokens_to_ids([",", "▁style"])
+    ids = load_tokenizer(DEFAULT_MODEL / "tokenizer").convert_tokens_to_ids([",", "▁style"])
     np.testing.assert_allclose(bias[::2], table[np.array(ids)], rtol=1e-5)
     assert np.abs(bias[1] - bias[2]).max() > 0.1
 
@@ -108,17 +117,33 @@ def test_a_folder_names_its_styles_in_metadata(tmp_path):
     write("\n".join(map(json.dumps, rows)))
     task = task_of(tmp_path, source="image_folder", root=str(tmp_path))
     assert next(task.loader)["ids"].shape == (16, 32)
-    write("\n".join(json.dumps({**row, "style": 3}) for row in rows))
-    with pytest.raises(DataError, match="style 3 of a.png is no words"):
+    write("\n".join(map(json.dumps, [{**rows[0], "style": 3}, rows[1]])))
+    with pytest.raises(DataError, match="1 pictures without a style: .*a.png"):
         task_of(tmp_path, source="image_folder", root=str(tmp_path))
-    write("\n".join(json.dumps({k: row[k] for k in ("file_name", "text")}) for row in rows))
-    with pytest.raises(DataError, match="a picture without a style"):
-        task_of(tmp_path, source="image_folder", root=str(tmp_path))
+
+
+def test_training_and_pipeline_read_pictures_and_texts_alike(tmp_path):
+    loop.main(configs.pixart_style.get_config("smoke"), tmp_path / "run")
+    pipe = cnxs_jax.load_pipeline(DEFAULT_MODEL, style=tmp_path / "run" / "export")
+    task = task_of(tmp_path)
+    raw = {k: v for k, v in next(task.loader).items() if isinstance(v, np.ndarray)}
+    embeddings = jax.jit(task.encode)(task.encoders, raw, jax.random.key(0))["x"]
+    np.testing.assert_allclose(pipe.embeddings(list(raw["image"])), embeddings, atol=1e-5)
+    words = np.ones((1, 3, 128), np.float32)
+    found = pipe._text(["a crab"], 1, words)
+    captions = Captions(
+        [{"caption": "a crab", "style": "flat"}], pipe.tokenizer, ", {} style", 3, 32
+    )
+    own = captions[0]
+    text = pipe.components["text_encoder"]
+    wanted = text.module.apply({"params": text.params}, own["ids"][None], own["mask"][None], words)
+    np.testing.assert_array_equal(found["text_mask"][0, :32], own["mask"])
+    np.testing.assert_allclose(found["text"][0, :6], wanted[0, :6], atol=1e-4)
 
 
 def test_a_run_ends_with_what_the_pipeline_takes(tmp_path):
     loop.main(configs.pixart_style.get_config("smoke"), tmp_path / "run")
-    pipe = cnxs_jax.load_pipeline(f"{ASSETS}/pixart_tiny", style=tmp_path / "run" / "export")
+    pipe = cnxs_jax.load_pipeline(DEFAULT_MODEL, style=tmp_path / "run" / "export")
     picture = np.full((64, 64, 3), 0.5, np.float32)
     options = {"num_inference_steps": 1, "output_type": "np"}
     styled = pipe("a crab", style_image=picture, **options).images
