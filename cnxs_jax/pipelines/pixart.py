@@ -54,20 +54,16 @@ class PixArtAlphaPipeline(Pipeline):
         given = request.style if self.style is not None else None
         words = None if given is None else self.style.read(given.pictures, self.run)
         cond = self._text(request.prompts, request.repeats, words)
-        own_mask = None  # of the prompt without the words of a style
-        if given is not None and (given.scale is not None or self.null_text is not None):
-            plain = self._text(request.prompts, request.repeats)
-            own_mask = plain["text_mask"]
-            if given.scale is not None:
-                cond["unstyled"] = plain
-                cond["style_scale"] = jnp.full((request.batch,), given.scale, jnp.float32)
+        if given is not None and given.scale is not None:
+            cond["unstyled"] = self._text(request.prompts, request.repeats)
+            cond["style_scale"] = jnp.full((request.batch,), given.scale, jnp.float32)
         if self.components["transformer"].module.micro_conditioning:
             batch = (request.batch, 1)
             cond["size"] = jnp.tile(jnp.asarray([size], jnp.float32), batch)
             cond["aspect"] = jnp.full(batch, size[0] / size[1], jnp.float32)
         if request.guided:
             cond["guidance_scale"] = jnp.full((request.batch,), request.guidance, jnp.float32)
-            cond["null"] = self._null(request, own_mask)
+            cond["null"] = self._null(request)
         return cond
 
     @property
@@ -80,12 +76,15 @@ class PixArtAlphaPipeline(Pipeline):
         """The text as PixArt was trained on it."""
         return caption_cleaning.clean_caption(text)
 
-    def _null(self, request, own_mask):
-        """What is read without the prompt; a learned null under `own_mask`, unless that is None."""
+    def _null(self, request):
+        """What is read without the prompt; a learned null under the mask of the prompt alone."""
         if self.null_text is not None and request.negatives is None:
             null = self.null_text[: self.max_tokens]
             found = {"text": jnp.broadcast_to(null, (request.batch, *null.shape))}
-            return found if own_mask is None else {**found, "text_mask": own_mask}
+            if self.style is None or request.style is None:
+                return found
+            _, mask = self._tokens(request.prompts)  # without the style's words
+            return {**found, "text_mask": jnp.repeat(mask, request.repeats, axis=0)}
         # One row serves all images where there is no negative prompt.
         if request.negatives is None:
             return self._text([""], request.batch)
@@ -93,15 +92,17 @@ class PixArtAlphaPipeline(Pipeline):
 
     def _text(self, texts, repeats, words=None):
         """`text` and `text_mask` of a list of texts, with pseudo-words [texts,n,D] in each."""
-        length = self.max_tokens - (0 if words is None else self.style.count)
-        ids, mask = caption_cleaning.tokenize(self.tokenizer, texts, length)
-        if words is not None:
-            places = placeholders(self.style.count)
-            ids, mask = styles.insert(ids, mask, places, self.max_tokens)
-        ids, mask = jnp.asarray(ids), jnp.asarray(mask)
+        ids, mask = self._tokens(texts, 0 if words is None else self.style.count)
         inputs = self._rows((ids, mask) if words is None else (ids, mask, words))
         text = self.run(self.components["text_encoder"], encode_text, *inputs)
         return repeated({"text": text[: len(texts)], "text_mask": mask}, repeats)
+
+    def _tokens(self, texts, count=0):
+        """Ids and mask [texts,L], with `count` placeholders of pseudo-words in each."""
+        ids, mask = caption_cleaning.tokenize(self.tokenizer, texts, self.max_tokens - count)
+        if count:
+            ids, mask = styles.insert(ids, mask, placeholders(count), self.max_tokens)
+        return jnp.asarray(ids), jnp.asarray(mask)
 
 
 class PixArtSigmaPipeline(PixArtAlphaPipeline):

@@ -80,12 +80,11 @@ def open_style(given, mesh=None, offload=None):
         what = f"expected a directory, got {type(given).__name__}"
         raise ConfigError(what, "style", "what configs/pixart_style.py trains")
     root, found = pathlib.Path(given), {}
+    fix = "give the export of a run of configs/pixart_style.py"
     if not root.is_dir():
-        fix = "give the export of a run of configs/pixart_style.py"
         raise CheckpointError("there is no such directory", str(root), fix)
     for name in (IMAGE_ENCODER, WORDS):
         if not (root / name).is_dir():
-            fix = "give the export of a run of configs/pixart_style.py"
             raise CheckpointError(f"there is no directory {name} in it", str(root), fix)
         if offload is not None:
             found[name] = Component(*offloading.load(root / name, offload))
