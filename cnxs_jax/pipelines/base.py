@@ -17,7 +17,7 @@ from cnxs_jax.control.paint import word_condition
 from cnxs_jax.diffusion import sampling, solvers
 from cnxs_jax.errors import ConfigError
 from cnxs_jax.models.unet import latent_sides
-from cnxs_jax.pipelines import adapters, diffusers_layout, offload, programs
+from cnxs_jax.pipelines import adapters, diffusers_layout, expert_fit, offload, programs
 from cnxs_jax.pipelines import control as controls
 from cnxs_jax.pipelines import experts as ensembles
 from cnxs_jax.pipelines import images as pictures
@@ -219,7 +219,7 @@ class Pipeline(TextToImage):
     def check(self):
         """Raises ConfigError where components or controllers do not belong together."""
         controls.attach(self.components[self.denoiser], self.controllers)
-        ensembles.check(self, self.experts)
+        expert_fit.check(self, self.experts)
 
     def defaults(self):
         """(steps, guidance scale) of a call that names none."""
