@@ -56,6 +56,13 @@ def test_a_failure_fails(ci, fails):
     assert ci(["3.11"], fails).returncode != 0
 
 
+def test_what_the_ends_run_is_there(ci):
+    calls = [line for line in ci(["3.12"]).stdout.splitlines() if "-m pytest" in line]
+    paths = [word for word in calls[0].split() if word.startswith("tests")]
+    assert {"tests/models", "tests/train/test_loop.py", "tests/test_ci.py"} <= set(paths)
+    assert all((RUN.parents[1] / path).exists() for path in paths)
+
+
 def test_all_notebooks_on_the_oldest_and_the_newest_jax(ci):
     done = ci(["3.11", "3.12", "3.13"], "nothing", "notebooks")
     assert done.returncode == 0, done.stderr

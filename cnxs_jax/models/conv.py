@@ -12,6 +12,7 @@ from jax import lax
 
 from cnxs_jax import backend, sharding
 from cnxs_jax.models.activations import silu
+from cnxs_jax.models.parameters import parameter
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 SAME3 = ((1, 1), (1, 1))  # PyTorch's padding=1
@@ -155,8 +156,8 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x):
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
-        kernel = self.param("kernel", self.kernel_init, shape)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        kernel = parameter(self, "kernel", self.kernel_init, shape)
+        bias = parameter(self, "bias", nn.initializers.zeros, (self.features,))
         padding = ((0, 0), (0, 0)) if self.kernel_size == 1 else self.padding
         x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias[None, None, None]))
         if self.doubled:
@@ -219,8 +220,8 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        scale = parameter(self, "scale", nn.initializers.ones, (x.shape[-1],))
+        bias = parameter(self, "bias", nn.initializers.zeros, (x.shape[-1],))
         scale, bias = (p.astype(jnp.float32)[None, None, None] for p in (scale, bias))
         return group_norm(x, scale, bias, self.num_groups, self.epsilon, self.dtype)
 

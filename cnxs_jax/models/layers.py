@@ -11,6 +11,7 @@ from cnxs_jax import backend
 from cnxs_jax.models.activations import gelu_tanh, silu
 from cnxs_jax.models.attention import attention
 from cnxs_jax.models.painting import score_bias
+from cnxs_jax.models.parameters import parameter
 
 
 def sinusoid(t, dim, max_period=10000.0, flip_sin_to_cos=True, downscale_freq_shift=0.0):
@@ -120,14 +121,14 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        kernel = parameter(self, "kernel", self.kernel_init, (x.shape[-1], self.features))
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         if backend.current() == "cpu":
             x = _matmul(x, kernel, halved() and x.dtype == jnp.float32)
         else:
             x = x @ kernel
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            bias = parameter(self, "bias", nn.initializers.zeros, (self.features,))
             x = x + bias.astype(self.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
         return x
 

@@ -17,6 +17,7 @@ import numpy as np
 from cnxs_jax.errors import ConfigError, did_you_mean
 from cnxs_jax.models.activations import gelu_tanh
 from cnxs_jax.models.attention import attention
+from cnxs_jax.models.parameters import parameter
 from cnxs_jax.models.style_words import with_words
 
 FEED_FORWARDS = ("gated-gelu", "relu")
@@ -47,7 +48,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],)).astype(jnp.float32)
+        scale = parameter(self, "scale", nn.initializers.ones, (x.shape[-1],)).astype(jnp.float32)
         x = x.astype(jnp.float32)
         inverse = jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon)
         return x * inverse * scale.reshape((1,) * (x.ndim - 1) + scale.shape)
