@@ -56,10 +56,13 @@ def test_a_failure_fails(ci, fails):
     assert ci(["3.11"], fails).returncode != 0
 
 
-def test_what_the_ends_run_is_there(ci):
-    calls = [line for line in ci(["3.12"]).stdout.splitlines() if "-m pytest" in line]
-    paths = [word for word in calls[0].split() if word.startswith("tests")]
-    assert {"tests/models", "tests/train/test_loop.py", "tests/test_ci.py"} <= set(paths)
+def test_what_the_ends_run_and_leave_out_is_there(ci):
+    lines = ci(["3.12", "3.13"]).stdout.splitlines()
+    calls = [line.split(" -n 2 ")[1] for line in lines if "-m pytest" in line]
+    assert len(calls) == 2
+    assert calls[0] == calls[1]
+    paths = [word.removeprefix("--ignore=") for word in calls[0].split() if "tests/" in word]
+    assert {"tests/models", "tests/train", "tests/test_ci.py"} <= set(paths)
     assert all((RUN.parents[1] / path).exists() for path in paths)
 
 
