@@ -19,7 +19,7 @@ from cnxs_jax.models.conditioning import MASKS, dropped
 from cnxs_jax.models.style_words import StyleWords
 from cnxs_jax.pipelines.load import save_model
 from cnxs_jax.sample import DEFAULT_MODEL
-from eval import ask
+from eval import ask, plan
 from eval.ediffi import attention, encoders, experts, painting, style
 from tests.pipelines.test_ediffi import drawn, pipe  # noqa: F401
 
@@ -230,6 +230,34 @@ def test_arms_with_other_encoders_than_the_cascade_are_refused(pipe):  # noqa: F
     moved = jax.tree.map(lambda leaf: leaf + 1e-3, pipe.encoder_params)
     with pytest.raises(ConfigError, match="different encoders"):
         experts.check_encoders(pipe, dataclasses.replace(pipe, encoder_params=moved))
+
+
+def test_arms_draw_with_their_own_base_at_each_scale_of_guidance(tmp_path, monkeypatch):
+    """Real scenes stand for what is drawn at 5, the scenes of other prompts for what is at 1."""
+    cascade = cnxs_jax.load_pipeline(DEFAULT_MODEL.parent / "ediffi_tiny")
+    for arm in ("shared_0", "two_0"):
+        cnxs_jax.save_pipeline(cascade, tmp_path / arm / "export")
+    made = {
+        scale: plan.prompts(emoji_scenes.world(), "test", 16, seed=seed)
+        for scale, seed in ((1.0, 7), (5.0, 0))
+    }
+    bases = []
+
+    def known(own, captions, guidance_scale):
+        assert captions == made[5.0].captions
+        assert [id(one) for one in own.stages[1:]] == [id(one) for one in cascade.stages[1:]]
+        bases.append(own.stages[0])
+        return made[guidance_scale].images
+
+    monkeypatch.setattr(ask, "draw", known)
+    rows = experts.pictures(tmp_path, ["shared", "two"], [0], cascade, 16, (1.0, 5.0))
+    assert [(row["arm"], row["guidance"]) for row in rows] == [
+        ("shared", 1.0), ("shared", 5.0), ("two", 1.0), ("two", 5.0),
+    ]  # fmt: skip
+    assert len({id(base) for base in bases} - {id(cascade.stages[0])}) == 2  # one an arm
+    for blind, right in (rows[:2], rows[2:]):
+        assert right["objects"]["value"] >= 0.9
+        assert blind["objects"]["value"] <= 0.4
 
 
 def test_swapped_masks_are_asked_for_the_swapped_places(monkeypatch):
