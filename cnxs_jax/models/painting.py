@@ -6,8 +6,8 @@ count, so that a picture does not depend on its batch nor on padding. Read from 
 
 - `word_mask` [B,H,W,L]: A over the first L tokens of the context, at any resolution;
 - `word_weight` [B]: w'; 0 is no painting (what the unconditional half of guidance gets);
-- `word_tokens` [B,L], optional: 1 for the tokens whose scores enter the maximum, to leave out a
-  start token that the attention mask keeps. All tokens of the attention mask unless given;
+- `word_tokens` [B,L], optional: 1 for the tokens of the attention mask whose scores enter the
+  maximum, to leave out a start token that the mask keeps. All of its tokens unless given;
 - `sigma` [B]: the noise level sigma / alpha, which the sampling loop writes.
 """
 
@@ -71,9 +71,9 @@ def score_bias(paint, q_BxNxHxD, k_BxSxHxD, mask_BxS=None):
     """The painted term `w A / sqrt(D)`, float32 [B,H,N,S], to be added to the scaled scores."""
     # The einsum of the attention itself, word for word, so that the compiler computes it once.
     scores = jnp.einsum("blhd,bshd->bhls", q_BxNxHxD, k_BxSxHxD, preferred_element_type=jnp.float32)
-    counted = mask_BxS if paint.tokens_BxS is None else paint.tokens_BxS
-    if counted is not None:
-        scores = jnp.where(counted[:, None, None, :] > 0, scores, -jnp.inf)
+    for counted in (mask_BxS, paint.tokens_BxS):
+        if counted is not None:
+            scores = jnp.where(counted[:, None, None, :] > 0, scores, -jnp.inf)
     top_BxH = scores.max((2, 3))
     top_BxH = jnp.where(jnp.isfinite(top_BxH), top_BxH, 0.0)  # no word counts: nothing to paint
     w_BxH = paint.strength_B[:, None] * top_BxH / math.sqrt(q_BxNxHxD.shape[-1])

@@ -283,20 +283,25 @@ class Pipeline(TextToImage):
 
     def condition(self, request, control, size, latent_size):
         """The family's condition with painted words and control added."""
-        words, null = self._words(request, latent_size)
+        taken = 0 if self.style is None or request.style is None else self.style.count
+        words, null = self._words(request, latent_size, taken)
         if control is not None:  # before any text is encoded: a picture may be refused
             words |= controls.condition(control, self.controllers, latent_size, self, request)
         cond = self.encode(request, size) | words
         if "null" in cond:
             cond["null"] = cond["null"] | null
+        if "unstyled" in cond:  # other tokens count there, and more of a long prompt are read
+            cond["unstyled"] |= self._words(request, latent_size, 0)[0]
         return cond
 
-    def _words(self, request, latent_size):
-        """(condition, its unconditional part) of painted words; empty where nothing is painted."""
+    def _words(self, request, latent_size, taken):
+        """(condition, its unconditional part) of painted words; empty where nothing is painted.
+
+        `taken`: how many tokens the style's words take of those that are read.
+        """
         if request.word_masks is None:
             return {}, {}
         prompts = [self.clean(text) for text in request.prompts]
-        taken = 0 if self.style is None or request.style is None else self.style.count
         contexts = [(tokenizer, length - taken) for tokenizer, length in self.contexts()]
         words, null = word_condition(contexts, prompts, request.word_masks, latent_size)
         found = (styles.counted(words, taken) if taken else words), null

@@ -85,9 +85,10 @@ def test_tokens_that_do_not_count_are_not_the_maximum(counted):
     assert (float(top) < 5.0) == counted
 
 
-def test_padding_and_masked_keys_do_not_move_the_bias():
+@pytest.mark.parametrize("words", [{}, {"word_tokens": jnp.ones((B, L), jnp.int32)}])
+def test_padding_and_masked_keys_do_not_move_the_bias(words):
     q, k, _ = qkv()
-    paint = paint_at(painted(LEFT), SIZE, L)
+    paint = paint_at(painted(LEFT) | words, SIZE, L)
     want = score_bias(paint, q, k, MASK)
     np.testing.assert_array_equal(score_bias(paint, q, k.at[0, 3:].add(99.0), MASK), want)
     empty = score_bias(paint, q, k, np.zeros_like(MASK))

@@ -173,6 +173,18 @@ def test_painted_words_keep_their_places(pipe):
     np.testing.assert_array_equal(nothing, drawn(pipe, style_image=PICTURE))
 
 
+@pytest.mark.filterwarnings("ignore:.*dropped")
+@pytest.mark.parametrize("prompt", ["boat", "a boat", "two blue boat a cat"])
+def test_a_style_of_no_weight_paints_as_the_text_alone(pipe, prompt):
+    """The pseudo-words do not count there, and what they crowd out of a long prompt does."""
+    short = dataclasses.replace(pipe, null_text=jnp.zeros((7, 16)))  # texts of 7 tokens
+    mask = np.zeros((16, 16), np.float32)
+    mask[:, :8] = 1
+    options = {"word_masks": {"boat": (mask, 4.0)}, "guidance_scale": 3.0}
+    found = drawn(short, prompt, **options, style_image=PICTURE, style_scale=0.0)
+    assert difference(found, drawn(short, prompt, **options)) < 1e-5
+
+
 def test_a_painted_phrase_that_the_style_leaves_no_room_for_is_named(pipe):
     long = dataclasses.replace(pipe, null_text=jnp.zeros((8, 16)))  # texts of 8 tokens
     masks, prompt = {"boat": np.ones((16, 16))}, "a red fox two blue cats a boat"
