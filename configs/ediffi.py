@@ -15,7 +15,8 @@ tree over the noise distribution; super-resolution stages follow.
   :shared   :tiny without experts: one model on as many samples, to compare with
   :deeper   :shared with twice as many blocks a level, at their cost of sampling
   :updates  :shared in the experts' smaller batches, for about as many updates as all of them make
-  :mixed    :shared on the noise levels that the three experts' unequal shares amount to
+  :mixed    :shared on the noise levels that the unequal shares of :tiny's experts amount to
+  :mixed_three  the same of :three's
   :parallel :three with its experts side by side, in equal shares, one a group of devices
             (--config.experts.mesh.expert=3) or in turn on one
   :smoke    three steps of a smaller cascade to 32 px without CLIP, to test the plumbing
@@ -25,9 +26,9 @@ tree over the noise distribution; super-resolution stages follow.
 What is the paper's and what is not. No code or weights were ever released. The tree (E[3,0],
 E[9,511] and their complement), the three encoders with independent dropout, the EDM form and the
 crops of the 1024 px stage are the paper's as public summaries have them; widths, depths, dropout
-rates, batch sizes and learning rates are ours, chosen to come near the published sizes (1.07 B,
-300 M and 170 M parameters, themselves second hand). BSRGAN degradations of the low-resolution
-picture are left out; it gets Gaussian noise of a level that the network reads.
+rates, batch sizes and learning rates are ours. :paper has 583 M, 403 M and 155 M parameters; the
+paper's three networks 1.07 B, 300 M and 170 M, which is second hand. BSRGAN degradations of the
+low-resolution picture are left out; it gets Gaussian noise of a level that the network reads.
 
 What differs in :tiny and :three, and why:
   - the tree of :tiny is E[3,0] and the rest (sigma above 0.076, seven eighths of the levels): of
@@ -72,6 +73,7 @@ VARIANTS = (
     "deeper",
     "updates",
     "mixed",
+    "mixed_three",
     "parallel",
     "smoke",
     "paper",
@@ -91,6 +93,7 @@ ENSEMBLES = {
         tuple((name, 8, 8, 1 / 4) for name in ("low", "middle", "upper", "high")),
     ),
 }
+MIXES = {"mixed": "tiny", "mixed_three": "three"}
 ENSEMBLES["parallel"] = ENSEMBLES["smoke"] = ENSEMBLES["three"]
 
 
@@ -100,7 +103,7 @@ def get_config(variant="tiny"):
     if variant == "paper":
         return paper()
     config = ensemble(*ENSEMBLES.get(variant, ENSEMBLES["tiny"]))
-    if variant in ("shared", "shipped", "deeper", "updates", "mixed"):
+    if variant in ("shared", "shipped", "deeper", "updates", *MIXES):
         longer(config, variant)
     if variant in ("cascade", "shipped", "smoke"):
         config.sr32 = super_resolution(16, 32)
@@ -258,9 +261,11 @@ def longer(config, variant):
     batch = 8 if variant == "updates" else 32
     config.stages = ("shared", "longer")
     config.longer = branch(tiny_base(steps, batch), None, None)
-    if variant == "mixed":
-        config.longer.tree = THREE_TREE
-        config.longer.mix = tuple(pictures for _, pictures, _, _ in THREE)
+    if variant in MIXES:
+        tree, experts = ENSEMBLES[MIXES[variant]]
+        config.longer.tree = tree
+        config.longer.mix = tuple(pictures for _, pictures, _, _ in experts)
+        set_margins(config.longer, experts)
     if variant == "deeper":
         for name in config.stages:
             config[name].unet.layers_per_block = (2, 4)
@@ -271,8 +276,15 @@ def parallel(config):
     """One stage for all experts, each with a third of the batch."""
     config.stages = ("shared", "experts")
     config.experts = branch(tiny_base(steps=1000, batch_size=33), THREE_TREE, None)
+    set_margins(config.experts, THREE)
     drop_experts(config)
     del config.cpu_devices  # an expert's third of the batch is odd
+
+
+def set_margins(stage, experts):
+    """One margin an expert in a stage that trains the levels of all."""
+    with stage.ignore_type():
+        stage.margin = tuple(margin for _, _, _, margin in experts)
 
 
 def drop_experts(config):
@@ -340,6 +352,7 @@ def published(size, steps):
 def paper_base(steps):
     """An ADM UNet: attention at 32, 16 and 8 px."""
     config = published(64, steps)
+    config.data.size = 256  # CLIP reads 224 px: a reference is not seen at 64
     config.unet.block_out_channels = (256, 512, 1024, 1024)
     config.unet.layers_per_block = (3, 3, 3, 3)
     config.unet.self_attention = (False, True, True, True)

@@ -12,7 +12,7 @@ from cnxs_jax.errors import ConfigError, did_you_mean
 from cnxs_jax.storage import replacing, write_json, write_text
 from eval import report
 
-TABLES = ("levels", "rows", "bounds", "drawn", "costs")
+TABLES = ("levels", "rows", "intervals", "bounds", "drawn", "costs")
 
 
 def make(out, name, settings, function, again=False):

@@ -41,8 +41,13 @@ BATCH = 64
 
 
 def check_plan(values, where):
-    """Raises ConfigError unless the stages that train experts train each of their tree once."""
+    """Raises ConfigError unless the stages make one pipeline.
+
+    All read one T5 and one CLIP. Those that train experts train each of their tree once, on the
+    same distribution of noise levels.
+    """
     trees = {}
+    check_agreement(values, values["stages"], ("text_path", "clip_path"), where)
     for name in values["stages"]:
         one = values[name]
         if one.get("tree") and one.get("mix") is None:
@@ -59,6 +64,21 @@ def check_plan(values, where):
                 f"{where}.stages",
                 f"at {size} px there must be one of each: {names}",
             )
+        check_agreement(values, [name for name, _ in found], ("levels", "unet"), where)
+
+
+def check_agreement(values, stages, keys, where):
+    """Raises ConfigError unless the stages of that task agree on `keys`."""
+    own = [n for n in stages if values[n]["task"] == "train.tasks_ediffi:stage"]
+    for key in keys:
+        for name in own[1:]:
+            first, other = values[own[0]].get(key), values[name].get(key)
+            if other != first:
+                raise ConfigError(
+                    f"{own[0]} has {first!r}, {name} has {other!r}",
+                    f"{where}.{name}.{key}",
+                    "they become one pipeline: give all stages the same",
+                )
 
 
 CONFLICTS = {"cascade": check_plan}

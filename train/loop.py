@@ -23,6 +23,7 @@ from train.step import init_state, make_step
 from train.workdir import (
     OLD_EXPORT,
     PARAMETERS,
+    check_branches,
     check_same,
     check_workdir,
     expand,
@@ -82,6 +83,7 @@ def main(config, workdir, resume=False):
     for _, run_config in runs:
         report.check(run_config)
     finished = [check_workdir(path, run_config, root, resume) for path, run_config in runs]
+    check_branches(runs, finished, root)
     lead = jax.process_index() == 0
     with checkpoint.lock(root) if lead else contextlib.nullcontext():
         if stages and lead:

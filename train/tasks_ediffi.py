@@ -11,12 +11,12 @@ import numpy as np
 
 from cnxs_jax.data.text import load_tokenizer, tokenize
 from cnxs_jax.diffusion import edm, expert_tree, sampling
-from cnxs_jax.diffusion.expert_tree import LogNormal
+from cnxs_jax.diffusion.expert_tree import Interval, LogNormal
 from cnxs_jax.errors import ConfigError
 from cnxs_jax.models.conditioning import Encoders, clip_pixels, dropped
 from cnxs_jax.models.pixel_unet import PixelUNet
 from cnxs_jax.pipelines.base import Component
-from cnxs_jax.pipelines.cascade import FILES, Sampler, Stage
+from cnxs_jax.pipelines.cascade import FILES, SOLVERS, Sampler, Stage
 from cnxs_jax.pipelines.load import load_model, save_model
 from train import inputs, validate
 from train.loop import Task
@@ -40,6 +40,12 @@ def shares(value, where):
         validate.number(0, open_low=True)(number, where)
 
 
+def margin(value, where):
+    """A share of an expert's own levels, one for all experts or one for each."""
+    for number in value if validate.sequence(value) else (value,):
+        validate.number(0, 1)(number, where)
+
+
 SHARE = validate.Optional(validate.number(0, 1))
 POSITIVE = validate.number(0, open_low=True)
 KEYS = {
@@ -55,7 +61,7 @@ KEYS = {
         "tree": validate.Optional(tree),
         "expert": validate.Optional(validate.integer(0)),
         "mix": validate.Optional(shares),
-        "margin": SHARE,
+        "margin": validate.Optional(margin),
         "levels": {"mean": validate.number(), "std": POSITIVE, "scale": POSITIVE},
         "objective": {
             "noises": validate.Optional(validate.integer(1)),
@@ -63,7 +69,7 @@ KEYS = {
             "dropout": dict.fromkeys(ENCODER_MASKS, SHARE),
         },
         "sampler": {
-            "solver": validate.choice("deis", "ab", "dpmpp", "euler"),
+            "solver": validate.choice(*SOLVERS),
             "steps": validate.integer(1, 1000),
             "order": validate.Optional(validate.integer(1, 3)),
             "sigma_min": POSITIVE,
@@ -101,9 +107,16 @@ def check_stage(values, where):
         raise ConfigError(f"expert {expert} of {count}, mix {mix}", f"{where}.expert")
     if mix is not None and len(mix) != count:
         raise ConfigError(f"{len(mix)} shares for {count} experts", f"{where}.mix")
+    margins, trained = values.get("margin"), count if expert is None else 1
+    if validate.sequence(margins) and len(margins) != trained:
+        raise ConfigError(f"{len(margins)} margins for {trained} experts", f"{where}.margin")
     if values.get("parent") and values.get("ema_warmup"):
         what = "the warm-up would forget the average that the parent hands on"
         raise ConfigError(what, f"{where}.ema_warmup", "set it to False")
+    try:
+        Sampler(**values["sampler"]).table()
+    except ConfigError as error:
+        raise ConfigError(error.what, f"{where}.sampler", error.fix) from None
 
 
 CONFLICTS = {"stage": check_stage}
@@ -115,14 +128,16 @@ def stage(config):
     With `tree` and `expert`, it is trained on that expert's noise levels; with `tree` alone, all
     experts of it are trained side by side, each on an equal share of the batch; with `tree` and
     `mix`, it is one model that draws each expert's levels so often (a control for the experts).
+    `margin` widens the levels of each.
     """
     encoders, encoder_params, loader = open_encoders(config)
     unet, levels = make(PixelUNet, config.unet), LogNormal(**config.levels)
     encoders.check(unet, "config.unet")
     intervals, mix = expert_tree.cover(config.get("tree") or ()), config.get("mix")
+    limits = widened(intervals, config.get("margin") or 0.0)
     if mix is not None:
-        levels, intervals = expert_tree.Mixture(levels, intervals, tuple(mix)), intervals[:1]
-    limits = [interval.with_margin(config.get("margin") or 0.0) for interval in intervals]
+        wide = tuple(Interval(*limit) for limit in limits)
+        levels, intervals = expert_tree.Mixture(levels, wide, tuple(mix)), intervals[:1]
     several = config.get("expert") is None and len(intervals) > 1
     own = limits if several else limits[config.get("expert") or 0]
     frozen = {"interval": np.array(own, np.float32)}
@@ -160,6 +175,12 @@ def stage(config):
         parent=config.get("parent"),
         experts=len(intervals) if several else None,
     )
+
+
+def widened(intervals, margins):
+    """`(low, high)` of each interval with its margin: `margins` is one number, or one for each."""
+    each = margins if isinstance(margins, tuple | list) else [margins] * len(intervals)
+    return [one.with_margin(margin) for one, margin in zip(intervals, each, strict=True)]
 
 
 def open_encoders(config):

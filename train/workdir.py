@@ -1,6 +1,7 @@
 """A run's directory: the config that is stored in it, and what may be gone on with."""
 
 import json
+import pathlib
 import shutil
 
 from cnxs_jax import checkpoint
@@ -89,6 +90,33 @@ def check_same(stored, config, where, root):
             where,
             "resume it with the same configuration, or choose another --workdir",
         )
+
+
+def check_branches(runs, finished, root):
+    """Refuses to train a parent further under branches that have started from it.
+
+    Args:
+        runs: `(directory, config)` of the stages of a plan.
+        finished: of each, as `check_workdir` says.
+
+    Raises:
+        ConfigError: the branches would stay those of another state of the parent.
+    """
+    steps = {path: checkpoint.saved_steps(path / "checkpoints") for path, _ in runs}
+    going = {
+        path: config.steps
+        for (path, config), done in zip(runs, finished, strict=True)
+        if not done and max(steps[path], default=0) < config.steps
+    }
+    for path, config in runs:
+        parent = pathlib.Path(fill(config.get("parent") or "", root))
+        if parent in going and steps[path]:
+            raise ConfigError(
+                f"{path.name} started from {parent.name}, which would go on from step "
+                f"{max(steps[parent], default=0)} to {going[parent]}",
+                f"config.{parent.name}.steps",
+                "leave it as it was, or choose another --workdir",
+            )
 
 
 def set_aside(workdir):

@@ -17,7 +17,7 @@ from cnxs_jax.pipelines.load import place, read_model, save_model
 from cnxs_jax.pipelines.scheduler import read_json
 from cnxs_jax.storage import write_json
 
-SOLVERS = ("deis", "ab", "dpmpp", "euler")
+SOLVERS = {"deis": 3, "ab": 3, "dpmpp": 2, "euler": 1}  # with the highest order each has
 # encoder -> (directory of its network, directory of its tokenizer)
 FILES = {
     "text": ("text_encoder", "tokenizer"),
@@ -31,7 +31,8 @@ class Sampler:
     """How a stage is sampled: the EDM grid (Karras et al. 2022, eq. 5), a solver and guidance.
 
     Attributes:
-        solver, steps, order: of `diffusion.solvers`; order None is the solver's own.
+        solver, steps: of `diffusion.solvers`.
+        order: the solver's, or the highest it has if that is less; None is its default.
         sigma_min, sigma_max, rho: of the grid.
         guidance_scale: w of eps_u + w (eps_c - eps_u); off if w <= 1.
         threshold: quantile of the dynamic threshold on x0; None clips x0 to [-1, 1].
@@ -49,7 +50,11 @@ class Sampler:
     noise_level: float | None = None
 
     def table(self, steps=None):
-        """The solver's table, made on the host; raises ConfigError for an unknown solver."""
+        """The solver's table, made on the host.
+
+        Raises:
+            ConfigError: an unknown solver, or a grid that does not fall.
+        """
         if self.solver not in SOLVERS:
             raise ConfigError(
                 f"unknown solver {self.solver!r}.{did_you_mean(self.solver, SOLVERS)}",
@@ -57,7 +62,8 @@ class Sampler:
                 f"use one of {', '.join(SOLVERS)}",
             )
         grid = schedule.edm(self.sigma_min, self.sigma_max, self.rho)
-        options = {} if self.order is None else {"order": self.order}
+        most = SOLVERS[self.solver]
+        options = {} if self.order is None or most == 1 else {"order": min(self.order, most)}
         return getattr(solvers, self.solver)(grid, steps or self.steps, **options)
 
 

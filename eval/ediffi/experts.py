@@ -10,7 +10,8 @@ sample) and sees as many pictures after it:
   quarters   four on a quarter each (`:quarters`)
   shared     one model on all levels (`:shared`)
   deeper     one of twice as many blocks a level, from a shared model of its own (`:deeper`)
-  mixed      one model on the levels that the three experts' shares amount to (`:mixed`)
+  mixed      one model on the levels that the two experts' shares amount to (`:mixed`)
+  mixed_three  the same of the three's (`:mixed_three`)
   updates    one model in smaller batches, so that it is updated more often (`:updates`)
 
 A run of an arm ends with the held-out loss of every noise interval, on the same pictures and noises
@@ -42,6 +43,7 @@ SAME_NAME = (
     "shared",
     "deeper",
     "mixed",
+    "mixed_three",
     "updates",
 )
 ARMS = {"two": "tiny"} | {name: name for name in SAME_NAME}
@@ -93,41 +95,64 @@ def share_parent(runs, arm, seed):
 
 
 def losses(root):
-    """(bins, total) of a finished run: [{"quantiles", "result", ...}], weighted by their mass."""
+    """The bins of a finished run's report: [{"quantiles", "expert", "result", ...}]."""
     path = Path(root) / "report.json"
     if not path.is_file():
         raise ConfigError("no finished run there", str(root), "train it: --study=experts")
-    found = json.loads(path.read_text())["losses"]["base"]
-    return found["bins"], found["total"]["result"]
+    return json.loads(path.read_text())["losses"]["base"]["bins"]
 
 
 def compare(runs, arms, seeds):
-    """Rows: one a noise interval and one of all, the ratios to the shared model's of each arm."""
+    """The ratios to the shared model's loss, as two lists of rows.
+
+    The first has a row a bin of the reports and one of all levels, the second one for each expert
+    that owns several bins.
+    """
     every = {(a, s): losses(Path(runs) / f"{a}_{s}") for a in arms for s in seeds}
-    rows = []
-    for i, one in enumerate(every[BASELINE, seeds[0]][0]):
-        line = {"quantiles": "{:.4g} to {:.4g}".format(*one["quantiles"])}
-        for arm in arms:
-            bins = [every[arm, s][0][i] for s in seeds]
-            ratios = [
-                b["result"] / every[BASELINE, s][0][i]["result"]
-                for b, s in zip(bins, seeds, strict=True)
-            ]
-            line |= spread(arm, ratios)
-            if arm != BASELINE:
-                line[f"{arm}, expert"] = bins[0]["expert"]
-        rows.append(line)
-    total = {"quantiles": "all"}
+    bins = [tuple(one["quantiles"]) for one in every[BASELINE, seeds[0]]]
+    edges = (edge for arm in arms for edge in owned(every[arm, seeds[0]]))
+    larger = [edge for edge in dict.fromkeys(edges) if edge not in bins and edge != (0, 1)]
+    total = line(every, arms, seeds, 0, 1) | {"quantiles": "all"}
+    rows = [line(every, arms, seeds, *edge) for edge in bins]
+    return [*rows, total], [line(every, arms, seeds, *edge) for edge in larger]
+
+
+def owned(bins):
+    """(low, high) of each expert's levels."""
+    for name in dict.fromkeys(one["expert"] for one in bins):
+        edges = [q for one in bins if one["expert"] == name for q in one["quantiles"]]
+        yield min(edges), max(edges)
+
+
+def line(every, arms, seeds, low, high):
+    """The row of the levels between two edges of bins."""
+    row = {"quantiles": f"{low:.4g} to {high:.4g}"}
     for arm in arms:
-        ratios = [every[arm, s][1] / every[BASELINE, s][1] for s in seeds]
-        total |= spread(arm, ratios)
-    return [*rows, total]
+        own, shared = ([within(every[a, s], low, high) for s in seeds] for a in (arm, BASELINE))
+        row |= spread(arm, own, shared)
+        if arm != BASELINE:
+            row[f"{arm}, expert"] = experts_of(every[arm, seeds[0]], low, high)
+    return row
 
 
-def spread(arm, ratios):
-    """Mean and every seed's ratio; the baseline is 1 by definition and left out."""
+def within(bins, low, high):
+    """The loss of the levels between two edges of bins, weighted by their mass."""
+    own = [b for b in bins if low <= b["quantiles"][0] and b["quantiles"][1] <= high]
+    mass = [b["quantiles"][1] - b["quantiles"][0] for b in own]
+    return float(np.average([b["result"] for b in own], weights=mass))
+
+
+def experts_of(bins, low, high):
+    """Names of the experts that own a part of these levels."""
+    own = [b["expert"] for b in bins if b["quantiles"][0] < high and low < b["quantiles"][1]]
+    return ", ".join(dict.fromkeys(own))
+
+
+def spread(arm, own, shared):
+    """Mean and every seed's ratio of two lists of losses; of the baseline the losses themselves."""
     if arm == BASELINE:
-        return {}
+        return {f"{arm}, loss of each seed": ", ".join(f"{loss:.5f}" for loss in own)}
+    ratios = [a / b for a, b in zip(own, shared, strict=True)]
     return {arm: float(np.mean(ratios)), f"{arm}, each seed": ", ".join(f"{r:.3f}" for r in ratios)}
 
 
@@ -174,9 +199,9 @@ def study(runs, arms, seeds, cascade, number, guidance=(), clip_path=None, steps
     if cascade is not None:
         measures.check_weights(("kid",), {}, "efflite0")  # before hours of training
     train(runs, arms, seeds, clip_path, steps)
-    rows = compare(runs, arms, seeds)
+    rows, intervals = compare(runs, arms, seeds)
     drawn = pictures(runs, arms, seeds, cascade, number, guidance) if cascade is not None else []
-    return {"rows": rows, "drawn": drawn}, ratios(rows)
+    return {"rows": rows, "intervals": intervals, "drawn": drawn}, ratios(rows)
 
 
 def ratios(rows):

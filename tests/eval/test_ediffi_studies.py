@@ -183,28 +183,36 @@ def test_every_level_is_read_by_its_owner(pipe):  # noqa: F811
     assert [row["expert"] for row in rows] == [i.name for i in pipe.stages[0].intervals]
 
 
-def finished(root, values):
-    """A run's report with these losses in two noise intervals."""
+def finished(root, values, names):
+    """A run's report with these losses in three noise intervals."""
     root.mkdir(parents=True)
     bins = [
-        {"quantiles": q, "expert": root.name, "result": v}
-        for q, v in zip(([0, 0.25], [0.25, 1]), values, strict=True)
+        {"quantiles": q, "expert": name, "result": v}
+        for q, v, name in zip(([0, 0.25], [0.25, 0.5], [0.5, 1]), values, names, strict=True)
     ]
-    total = {"result": 0.25 * values[0] + 0.75 * values[1]}
-    (root / "report.json").write_text(
-        json.dumps({"losses": {"base": {"bins": bins, "total": total}}})
-    )
+    (root / "report.json").write_text(json.dumps({"losses": {"base": {"bins": bins}}}))
 
 
 def test_arms_are_compared_seed_by_seed(tmp_path):
+    """Levels count by their mass: an expert's are a quarter and a half here."""
     for seed, factor in ((0, 1.0), (1, 3.0)):
-        finished(tmp_path / f"shared_{seed}", (1.0 * factor, 2.0 * factor))
-        finished(tmp_path / f"two_{seed}", (0.8 * factor, (1.8 + 0.2 * seed) * factor))
-    rows = experts.compare(tmp_path, ["shared", "two"], [0, 1])
-    assert [row["two"] for row in rows] == pytest.approx([0.8, 0.95, 0.9286], abs=1e-4)
-    assert rows[1]["two, each seed"] == "0.900, 1.000"
+        shared = np.array([1.0, 2.0, 2.0]) * factor
+        finished(tmp_path / f"shared_{seed}", shared, ["all"] * 3)
+        own = shared * [0.8, 0.6, 0.9 + 0.1 * seed]
+        finished(tmp_path / f"two_{seed}", own, ["low", "high", "high"])
+    rows, intervals = experts.compare(tmp_path, ["shared", "two"], [0, 1])
+    assert [row["quantiles"] for row in rows] == ["0 to 0.25", "0.25 to 0.5", "0.5 to 1", "all"]
+    assert [row["two"] for row in rows[:3]] == pytest.approx([0.8, 0.6, 0.95])
+    assert rows[2]["two, each seed"] == "0.900, 1.000"
+    # (0.8 + 1.2 + 2 * 1.8) / 7, (0.8 + 1.2 + 2 * 2.0) / 7
+    assert rows[3]["two, each seed"] == "0.800, 0.857"
     assert "shared" not in rows[0]
-    assert rows[0]["two, expert"] == "two_0"
+    assert rows[2]["shared, loss of each seed"] == "2.00000, 6.00000"
+    assert [row["two, expert"] for row in rows] == ["low", "high", "high", "low, high"]
+    # (1.2 + 2 * 1.8) / 6, (1.2 + 2 * 2.0) / 6
+    assert [(row["quantiles"], row["two, each seed"]) for row in intervals] == [
+        ("0.25 to 1", "0.800, 0.867")
+    ]
     with pytest.raises(ConfigError, match="no finished run"):
         experts.compare(tmp_path, ["mixed", "shared"], [0])
 
