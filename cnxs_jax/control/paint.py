@@ -112,16 +112,25 @@ def word_mask(contexts, prompt, masks, size):
     return np.concatenate(columns, axis=-1), np.concatenate(tokens)
 
 
-def _field(phrase, mask, size):
+def _field(phrase, given, size):
     """A mask times its weight at `size`, float32 [H,W]."""
-    mask, weight = mask if isinstance(mask, tuple) else (mask, 1.0)
-    mask = np.asarray(mask, np.float32)
+    fix = "give phrase -> mask [h, w] of numbers in [0, 1], or (mask, weight)"
+    if not isinstance(phrase, str):
+        raise ConfigError(f"{phrase!r} is no phrase", WHERE, fix)
+    if isinstance(given, tuple) and len(given) != 2:
+        raise ConfigError(f"{phrase!r} has {len(given)} values, not (mask, weight)", WHERE, fix)
+    mask, weight = given if isinstance(given, tuple) else (given, 1.0)
+    try:
+        mask = np.asarray(mask, np.float32)
+    except (TypeError, ValueError):  # ragged, or no numbers
+        raise ConfigError(f"the mask of {phrase!r} is no array of numbers", WHERE, fix) from None
     if mask.ndim != 2 or not mask.size or not np.all((mask >= 0) & (mask <= 1)):
         raise ConfigError(
             f"the mask of {phrase!r} has shape {mask.shape}, expected [h, w] in [0, 1]", WHERE
         )
-    if not 0 <= weight < np.inf:
-        raise ConfigError(f"the weight of {phrase!r} is {weight}, expected >= 0", WHERE)
+    number = np.ndim(weight) == 0 and np.asarray(weight).dtype.kind in "iuf"
+    if not number or not 0 <= weight < np.inf:
+        raise ConfigError(f"the weight of {phrase!r} is {weight!r}, expected a number >= 0", WHERE)
     from PIL import Image
 
     resized = Image.fromarray(mask).resize((size[1], size[0]), Image.Resampling.BOX)
@@ -166,6 +175,9 @@ def colour_masks(picture, phrases, tolerance=48):
     Raises:
         ConfigError: no colour, a colour that is none, or one that does not occur in the picture.
     """
+    if not isinstance(phrases, dict):
+        raise ConfigError(f"{phrases!r} does not say which phrase a colour paints", WHERE,
+                          'give colour -> phrase, {"#ff0000": "a ball"}')  # fmt: skip
     picture = np.asarray(picture)
     if picture.ndim != 3 or picture.shape[-1] < 3 or picture.dtype != np.uint8:
         raise ConfigError(f"expected uint8 [h,w,3], got {picture.dtype} {picture.shape}", WHERE)

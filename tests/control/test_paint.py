@@ -142,6 +142,13 @@ def test_batches_may_mix_painted_and_plain_prompts(tokenizer):
         ({"dog": 2 * ON}, 0.2, "in .0, 1"),
         ({"dog": np.full((4, 4), np.nan)}, 0.2, "in .0, 1"),
         ({"dog": (ON, -1.0)}, 0.2, "weight of 'dog'"),
+        ({"dog": (ON, "2")}, 0.2, "weight of 'dog' is '2'"),
+        ({"dog": (ON, None)}, 0.2, "weight of 'dog' is None"),
+        ({"dog": (ON,)}, 0.2, "'dog' has 1 values"),
+        ({"dog": [ON, 1.5]}, 0.2, "'dog' is no array"),
+        ({"dog": "left"}, 0.2, "'dog' is no array"),
+        ({"dog": [[1.0], [1.0, 0.0]]}, 0.2, "'dog' is no array"),
+        ({3: ON}, 0.2, "3 is no phrase"),
         ({"dog": ON}, -0.2, "weight is -0.2"),
         ({"dog": ON}, float("nan"), "weight is nan"),
     ],
@@ -175,5 +182,7 @@ def test_colours_that_do_not_occur_or_are_none_are_errors():
         paint.colour_masks(picture, {"red": "a dog"})
     with pytest.raises(ConfigError, match="no colour"):
         paint.colour_masks(picture, {(0, 0, 300): "a dog"})
+    with pytest.raises(ConfigError, match="which phrase a colour paints"):
+        paint.colour_masks(picture, ["#000000"])
     with pytest.raises(ConfigError, match="uint8"):
         paint.colour_masks(picture / 255.0, {"#000000": "a dog"})
