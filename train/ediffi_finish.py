@@ -4,6 +4,9 @@
 `report.md` and `pictures.png` into the run's directory.
 """
 
+import dataclasses
+from itertools import pairwise, product
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +19,7 @@ from cnxs_jax.pipelines.ediffi import EDiffIPipeline
 from cnxs_jax.pipelines.load import load_model
 from cnxs_jax.pipelines.pipeline import save_pipeline
 from cnxs_jax.storage import write_json, write_text
+from cnxs_jax.tree import flatten
 from train import inputs, report, validate
 from train.objectives_edm import edm_denoise
 from train.parts import from_signed, tiles
@@ -38,18 +42,19 @@ KEYS = {
     }
 }
 BATCH = 64
+STAGE = "train.tasks_ediffi:stage"
 
 
 def check_plan(values, where):
     """Raises ConfigError unless the stages make one pipeline.
 
-    All read one T5 and one CLIP. Those that train experts train each of their tree once, on the
-    same distribution of noise levels.
+    All read one T5 and one CLIP. Those that train experts train each of their tree once, of the
+    same noise levels and for the same sampler.
     """
+    own = [(n, values[n]) for n in values["stages"] if values[n]["task"] == STAGE]
+    check_agreement(own, ("text_path", "clip_path"), where, "all stages")
     trees = {}
-    check_agreement(values, values["stages"], ("text_path", "clip_path"), where)
-    for name in values["stages"]:
-        one = values[name]
+    for name, one in own:
         if one.get("tree") and one.get("mix") is None:
             trees.setdefault(one["size"], []).append((name, one))
     for size, found in trees.items():
@@ -64,20 +69,19 @@ def check_plan(values, where):
                 f"{where}.stages",
                 f"at {size} px there must be one of each: {names}",
             )
-        check_agreement(values, [name for name, _ in found], ("levels", "unet"), where)
+        check_agreement(found, ("levels", "sampler"), where, f"all experts at {size} px")
 
 
-def check_agreement(values, stages, keys, where):
-    """Raises ConfigError unless the stages of that task agree on `keys`."""
-    own = [n for n in stages if values[n]["task"] == "train.tasks_ediffi:stage"]
-    for key in keys:
-        for name in own[1:]:
-            first, other = values[own[0]].get(key), values[name].get(key)
-            if other != first:
+def check_agreement(stages, keys, where, who):
+    """Raises ConfigError unless `stages`, [(name, values)], agree on `keys`."""
+    for ((first, given), (name, values)), key in product(pairwise(stages), keys):
+        one, other = (flatten({key: v.get(key)}) for v in (given, values))
+        for part in {**one, **other}:
+            if one.get(part) != other.get(part):
                 raise ConfigError(
-                    f"{own[0]} has {first!r}, {name} has {other!r}",
-                    f"{where}.{name}.{key}",
-                    "they become one pipeline: give all stages the same",
+                    f"{part} is {one.get(part)!r} in {first} and {other.get(part)!r} in {name}",
+                    f"{where}.{name}.{part.replace('/', '.')}",
+                    f"give {who} the same: they become one pipeline",
                 )
 
 
@@ -116,7 +120,7 @@ def resolutions(config, root):
 
     sizes, found = {}, []
     for name in config.stages:
-        if config[name].task == "train.tasks_ediffi:stage":
+        if config[name].task == STAGE:
             sizes.setdefault(config[name].size, []).append(name)
     for size, names in sorted(sizes.items()):
         label = f"sr{size}" if config[names[0]].get("low_res_size") else "base"
@@ -144,6 +148,7 @@ def compared(config, entry):
     cuts = bins(result.intervals, config.finish.quantiles)
     one = config[entry["stages"][0]]
     batches = heldout(one, config.finish.num_heldout)
+    parent = dataclasses.replace(parent, levels=result.levels)  # they may be trained on others
     losses = {
         "parent": interval_losses(parent, cuts, batches, config.finish.noises),
         "result": interval_losses(result, cuts, batches, config.finish.noises),

@@ -107,9 +107,13 @@ def check_stage(values, where):
         raise ConfigError(f"expert {expert} of {count}, mix {mix}", f"{where}.expert")
     if mix is not None and len(mix) != count:
         raise ConfigError(f"{len(mix)} shares for {count} experts", f"{where}.mix")
-    margins, trained = values.get("margin"), count if expert is None else 1
-    if validate.sequence(margins) and len(margins) != trained:
-        raise ConfigError(f"{len(margins)} margins for {trained} experts", f"{where}.margin")
+    margins = values.get("margin")
+    if validate.sequence(margins) and len(margins) not in (1, count):
+        raise ConfigError(
+            f"{len(margins)} margins for {count} experts",
+            f"{where}.margin",
+            "give one number for all of them or one for each",
+        )
     if values.get("parent") and values.get("ema_warmup"):
         what = "the warm-up would forget the average that the parent hands on"
         raise ConfigError(what, f"{where}.ema_warmup", "set it to False")
@@ -179,7 +183,8 @@ def stage(config):
 
 def widened(intervals, margins):
     """`(low, high)` of each interval with its margin: `margins` is one number, or one for each."""
-    each = margins if isinstance(margins, tuple | list) else [margins] * len(intervals)
+    each = list(margins) if isinstance(margins, tuple | list) else [margins]
+    each = each * len(intervals) if len(each) == 1 else each
     return [one.with_margin(margin) for one, margin in zip(intervals, each, strict=True)]
 
 

@@ -102,20 +102,22 @@ def check_branches(runs, finished, root):
     Raises:
         ConfigError: the branches would stay those of another state of the parent.
     """
+    done = {path: there for (path, _), there in zip(runs, finished, strict=True)}
     steps = {path: checkpoint.saved_steps(path / "checkpoints") for path, _ in runs}
     going = {
         path: config.steps
-        for (path, config), done in zip(runs, finished, strict=True)
-        if not done and max(steps[path], default=0) < config.steps
+        for path, config in runs
+        if not done[path] and max(steps[path], default=0) < config.steps
     }
     for path, config in runs:
-        parent = pathlib.Path(fill(config.get("parent") or "", root))
-        if parent in going and steps[path]:
+        parent = pathlib.Path(fill(config.get("parent") or "", root)).absolute()
+        if parent in going and (steps[path] or done[path]):
             raise ConfigError(
-                f"{path.name} started from {parent.name}, which would go on from step "
-                f"{max(steps[parent], default=0)} to {going[parent]}",
+                f"{path.name} started from {parent.name}, which has "
+                f"{max(steps[parent], default=0)} of {going[parent]} steps and would go on",
                 f"config.{parent.name}.steps",
-                "leave it as it was, or choose another --workdir",
+                f"leave the steps as they were, give {parent} back what it lost, or choose "
+                "another --workdir",
             )
 
 

@@ -128,8 +128,8 @@ def _field(phrase, given, size):
         raise ConfigError(
             f"the mask of {phrase!r} has shape {mask.shape}, expected [h, w] in [0, 1]", WHERE
         )
-    number = np.ndim(weight) == 0 and np.asarray(weight).dtype.kind in "iuf"
-    if not number or not 0 <= weight < np.inf:
+    number = np.shape(weight) == () if hasattr(weight, "dtype") else isinstance(weight, int | float)
+    if not number or not 0 <= weight <= np.finfo(np.float32).max:
         raise ConfigError(f"the weight of {phrase!r} is {weight!r}, expected a number >= 0", WHERE)
     from PIL import Image
 

@@ -53,15 +53,17 @@ class Sampler:
         """The solver's table, made on the host.
 
         Raises:
-            ConfigError: an unknown solver, or a grid that does not fall.
+            ConfigError: an unknown solver or order, or a grid that does not fall.
         """
-        if self.solver not in SOLVERS:
+        if self.solver not in tuple(SOLVERS):
             raise ConfigError(
                 f"unknown solver {self.solver!r}.{did_you_mean(self.solver, SOLVERS)}",
                 "sampler.solver",
                 f"use one of {', '.join(SOLVERS)}",
             )
         grid = schedule.edm(self.sigma_min, self.sigma_max, self.rho)
+        if self.order not in (None, 1, 2, 3):
+            raise ConfigError(f"unknown order {self.order!r}", "sampler.order", "use 1, 2 or 3")
         most = SOLVERS[self.solver]
         options = {} if self.order is None or most == 1 else {"order": min(self.order, most)}
         return getattr(solvers, self.solver)(grid, steps or self.steps, **options)

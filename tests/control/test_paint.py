@@ -144,6 +144,8 @@ def test_batches_may_mix_painted_and_plain_prompts(tokenizer):
         ({"dog": (ON, -1.0)}, 0.2, "weight of 'dog'"),
         ({"dog": (ON, "2")}, 0.2, "weight of 'dog' is '2'"),
         ({"dog": (ON, None)}, 0.2, "weight of 'dog' is None"),
+        ({"dog": (ON, [[1], [1, 2]])}, 0.2, "weight of 'dog'"),
+        ({"dog": (ON, 1e39)}, 0.2, "weight of 'dog' is 1e"),
         ({"dog": (ON,)}, 0.2, "'dog' has 1 values"),
         ({"dog": [ON, 1.5]}, 0.2, "'dog' is no array"),
         ({"dog": "left"}, 0.2, "'dog' is no array"),

@@ -222,6 +222,16 @@ def test_mistakes_are_refused(pipe, options, message):
         pipe("a red fox", **options)
 
 
-def test_an_unknown_solver_is_named():
-    with pytest.raises(ConfigError, match='Did you mean "deis"'):
-        Sampler("dies").table()
+@pytest.mark.parametrize(
+    ("solver", "order", "message"),
+    [
+        ("dies", 2, 'Did you mean "deis"'),
+        (["deis"], 2, "unknown solver"),
+        ("deis", 4, "unknown order 4"),
+        ("deis", "3", "unknown order '3'"),
+        ("ab", [3], "unknown order"),
+    ],
+)
+def test_samplers_that_are_none_are_named(solver, order, message):
+    with pytest.raises(ConfigError, match=message):
+        Sampler(solver, order=order).table()

@@ -1,5 +1,6 @@
 """eDiff-I's recipes: the whole plan at its smallest, its report, controls, the published sizes."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -111,6 +112,26 @@ def test_copies_of_the_parent_have_its_loss_in_every_interval(run):
     assert [row["ratio"] for row in found["bins"]] == [1.0] * 4
     trained = ediffi_finish.compared(config, entry)
     assert any(row["ratio"] != 1.0 for row in trained["bins"])
+
+
+def test_parent_and_result_are_compared_at_the_same_noise(monkeypatch, tmp_path):
+    """Where they were trained on other levels, at those of the result."""
+    config = configs.ediffi.get_config("smoke")
+    stages = [
+        tasks_ediffi.stage_of(config.shared, [Component(name, {})]) for name in ("parent", "result")
+    ]
+    stages[0] = dataclasses.replace(stages[0], levels=LogNormal(mean=0.0, std=1.4))
+    seen = []
+    monkeypatch.setattr(ediffi_finish, "heldout", lambda *_: [])
+    monkeypatch.setattr(
+        ediffi_finish,
+        "interval_losses",
+        lambda stage, cuts, *_: seen.append(stage.levels) or np.ones(len(cuts)),
+    )
+    entry = {"stages": ["shared"], "parent": stages[0], "result": stages[1]}
+    rows = ediffi_finish.compared(config, entry)["bins"]
+    assert seen == [stages[1].levels] * 2
+    assert rows[0]["sigma"][1] == pytest.approx(np.exp(-1.2))  # the median
 
 
 def test_pictures_shrink_by_means_and_crops_of_both_sizes_agree():
@@ -232,7 +253,8 @@ def test_the_published_sizes_can_be_built():
         ("low", {"ema_warmup": True}, "would forget the average"),
         ("low", {"tree": ((1, 1), (2, 3))}, "overlap"),
         ("low", {"expert": None, "mix": (1, 2)}, "2 shares for 3 experts"),
-        ("low", {"margin": (0.1, 0.1)}, "2 margins for 1 experts"),
+        ("low", {"margin": (0.1, 0.1)}, "2 margins for 3 experts"),
+        ("low", {"sampler.solver": "deis", "sampler.sigma_max": 0.001}, "got 0.002, 0.001"),
         ("shared", {"sampler.sigma_min": 90.0}, "sigma_min < sigma_max .* got 90"),
     ],
 )
@@ -266,7 +288,7 @@ def test_a_plan_must_train_each_expert_once(stages, message):
         ("sr32", "clip_path", "another"),
         ("low", "text_path", "another"),
         ("high", "levels.mean", 0.0),
-        ("middle", "unet.attention_head_dim", 4),
+        ("middle", "sampler.steps", 4),
     ],
 )
 def test_stages_of_one_pipeline_agree(stage, key, value):
@@ -274,7 +296,7 @@ def test_stages_of_one_pipeline_agree(stage, key, value):
     config.update_from_flattened_dict({f"{stage}.{key}": value})
     with pytest.raises(ConfigError, match="one pipeline") as refused:
         validate.check(config)
-    assert refused.value.where == f"config.{stage}.{key.split('.')[0]}"
+    assert refused.value.where == f"config.{stage}.{key}"
 
 
 @pytest.mark.parametrize("solver", ["deis", "ab", "dpmpp", "euler"])
@@ -295,18 +317,29 @@ def finished(root, config):
         (root / name / "config.json").write_text(json.dumps(workdir.plain(config[name])))
 
 
-def test_a_parent_does_not_go_on_under_its_branches(tmp_path):
+def test_a_parent_does_not_go_on_under_its_branches(tmp_path, monkeypatch):
     config = configs.ediffi.get_config("smoke")
     finished(tmp_path, config)
     runs = [(tmp_path / name, config[name]) for name in config.stages]
-    workdir.check_branches(runs, [True] * len(runs), tmp_path)
-    workdir.check_branches(runs, [name == "shared" for name in config.stages], tmp_path)
+
+    def check(done):
+        workdir.check_branches(runs, [done(name) for name in config.stages], tmp_path)
+
+    check(lambda name: True)
+    check(lambda name: name == "shared")  # the branches alone go on
     config.shared.steps = 6
-    with pytest.raises(ConfigError, match="low started from shared, .* step 3 to 6"):
+    with pytest.raises(ConfigError, match="low started from shared, .* 3 of 6 steps"):
         loop.main(config, tmp_path, resume=True)
     for name in set(config.stages) - {"shared"}:
-        shutil.rmtree(tmp_path / name)
-    workdir.check_branches(runs, [False] * len(runs), tmp_path)
+        shutil.rmtree(tmp_path / name / "checkpoints")
+    with pytest.raises(ConfigError, match="low started from shared"):
+        loop.main(config, tmp_path, resume=True)  # their results are there
+    check(lambda name: False)  # nothing is: a plan that was stopped in its first stage
+    (tmp_path / "high" / "checkpoints" / "3").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    config.high.parent = "shared"
+    with pytest.raises(ConfigError, match="high started from shared"):
+        check(lambda name: False)
 
 
 def test_a_network_that_does_not_fit_its_encoders_is_named(tmp_path):
