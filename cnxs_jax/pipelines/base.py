@@ -291,10 +291,10 @@ class Pipeline(TextToImage):
         if "null" in cond:
             cond["null"] = cond["null"] | null
         if "unstyled" in cond:  # other tokens count there, and more of a long prompt are read
-            cond["unstyled"] |= self._words(request, latent_size, 0)[0]
+            cond["unstyled"] |= self._words(request, latent_size)[0]
         return cond
 
-    def _words(self, request, latent_size, taken):
+    def _words(self, request, latent_size, taken=0):
         """(condition, its unconditional part) of painted words; empty where nothing is painted.
 
         `taken`: how many tokens the style's words take of those that are read.
