@@ -110,7 +110,7 @@ def check_branches(runs, finished, root):
         if not done[path] and max(steps[path], default=0) < config.steps
     }
     for path, config in runs:
-        parent = pathlib.Path(fill(config.get("parent") or "", root)).absolute()
+        parent = config.get("parent") and pathlib.Path(fill(config.parent, root)).absolute()
         if parent in going and (steps[path] or done[path]):
             raise ConfigError(
                 f"{path.name} started from {parent.name}, which has "

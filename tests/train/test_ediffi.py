@@ -340,6 +340,10 @@ def test_a_parent_does_not_go_on_under_its_branches(tmp_path, monkeypatch):
     config.high.parent = "shared"
     with pytest.raises(ConfigError, match="high started from shared"):
         check(lambda name: False)
+    alone = config.shared  # goes on where it lies, and has no parent
+    workdir.check_branches([(tmp_path, alone)], [False], tmp_path)
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+    workdir.check_branches([(tmp_path, alone)], [False], tmp_path)
 
 
 def test_a_network_that_does_not_fit_its_encoders_is_named(tmp_path):
