@@ -129,7 +129,7 @@ def _field(phrase, given, size):
             f"the mask of {phrase!r} has shape {mask.shape}, expected [h, w] in [0, 1]", WHERE
         )
     number = np.shape(weight) == () if hasattr(weight, "dtype") else isinstance(weight, int | float)
-    if not number or not 0 <= weight <= np.finfo(np.float32).max:
+    if not number or not 0 <= weight <= float(np.finfo(np.float32).max):
         raise ConfigError(f"the weight of {phrase!r} is {weight!r}, expected a number >= 0", WHERE)
     from PIL import Image
 
