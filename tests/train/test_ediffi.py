@@ -114,7 +114,7 @@ def test_copies_of_the_parent_have_its_loss_in_every_interval(run):
     assert any(row["ratio"] != 1.0 for row in trained["bins"])
 
 
-def test_parent_and_result_are_compared_at_the_same_noise(monkeypatch, tmp_path):
+def test_parent_and_result_are_compared_at_the_same_noise(monkeypatch):
     """Where they were trained on other levels, at those of the result."""
     config = configs.ediffi.get_config("smoke")
     stages = [
@@ -212,6 +212,13 @@ def test_margins_are_a_sixteenth_of_all_levels(variant):
         assert [b.expert for b in branches] == list(range(len(intervals)))
     for one, margin in zip(intervals, margins, strict=True):
         assert margin * one.mass == pytest.approx(1 / 16)
+
+
+def test_one_margin_serves_all_experts():
+    """As a number, or as the command line gives it."""
+    found = tasks_ediffi.widened(cover(((1, 0), (1, 1))), (0.25,))
+    assert found == tasks_ediffi.widened(cover(((1, 0), (1, 1))), 0.25)
+    assert found == [(0.0, 0.625), (0.375, 1.0)]
 
 
 def test_arms_see_as_many_samples():
